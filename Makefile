@@ -1,0 +1,56 @@
+# make run | test | lab: each sets up .venv first (once), so these are the only commands a newcomer needs.
+PYTHON ?= python3
+VENV   ?= .venv
+# two single-threaded workers use two cores better than four threads do
+WORKERS ?= 2
+export MPLBACKEND ?= agg
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+ready   := $(VENV)/.ready
+bin     := $(abspath $(VENV))/bin
+py      := $(bin)/python
+lessons := $(sort $(wildcard nbs/L*.ipynb))
+
+.PHONY: help setup run test lab lessons pretrained readme benchmarks dist clean
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(ready) ## create .venv and install the pinned set
+$(ready): requirements.txt settings.ini setup.py
+	@echo 'Setting up $(VENV) (once; a few minutes, mostly PyTorch) …'
+	@test -x $(py) || $(PYTHON) -m venv $(VENV)
+	@$(py) -m pip install -q -r requirements.txt
+	@touch $@
+
+run: $(ready) ## run every lesson; notebooks, an animation and a contact sheet land in out/
+	@mkdir -p out
+	@$(py) tools/run_lessons.py --progress --out out $(lessons)
+	@$(py) tools/showcase.py out
+
+test: $(ready) ## run every cell of every notebook, then the test suite
+	PATH=$(bin):$$PATH OMP_NUM_THREADS=1 $(bin)/nbdev_test --n_workers $(WORKERS) --timing
+	PATH=$(bin):$$PATH OMP_NUM_THREADS=1 $(py) -m pytest -q tests
+
+lab: $(ready) ## open the lessons in Jupyter
+	@cd nbs && MPLBACKEND= $(bin)/jupyter lab
+
+lessons: $(ready) ## export, run all notebooks in place, clean them, rebuild README.md
+	$(bin)/nbdev_export
+	$(py) tools/run_lessons.py --progress $(wildcard nbs/toolkit/*.ipynb) $(lessons) nbs/index.ipynb
+	$(bin)/nbdev_clean
+	$(MAKE) readme
+
+readme: $(ready) ## README.md from nbs/index.ipynb
+	@$(py) tools/readme.py
+
+pretrained: $(ready) ## train the shipped models again (under an hour on two cores)
+	$(py) tools/pretrain.py
+
+benchmarks: $(ready) ## measure again what the benchmark tables say
+	$(py) benchmarks/network.py
+
+dist: $(ready) ## sdist and wheel into dist/
+	$(py) -m pip wheel -q --no-deps -w dist .
+
+clean: ## remove what make made, except .venv
+	rm -rf out build dist _docs _proc *.egg-info

@@ -1,0 +1,62 @@
+"""Execute notebooks top to bottom with nbdev's own runner, each in a fresh process and in its own folder, and store tidy outputs.
+A notebook that fails, or that shows where this repository lies on this machine, is named and left as it was; the exit code is then 1."""
+import argparse, json, multiprocessing, os, re, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from execnb.shell import CaptureShell
+from execnb.nbio import read_nb, write_nb
+from nbdev.config import get_config
+ROOT, WIDGET = Path(__file__).resolve().parents[1], 'application/vnd.jupyter.widget-view+json'
+sys.path.insert(0, str(ROOT))
+def skip(source, flags): return 'nbdev_export(' in source or re.search(rf'^#\| *(eval: *false|{flags})\b', source, re.M)
+def as_terminal(text):
+    "What a terminal shows in the end: a progress bar that rewrote its line leaves the last state only"
+    if not re.search('[\r\x1b]', text): return text
+    rows, row, col = [''], 0, 0
+    for token in re.findall('\x1b\\[\\d*[AK]|[\r\n]|[^\r\n\x1b]+|\x1b', text):
+        if token=='\n': row, col = row+1, 0; rows += ['']*(row==len(rows))
+        elif token=='\r': col = 0
+        elif re.fullmatch('\x1b\\[\\d*A', token): row = max(0, row - int(token[2:-1] or 1))
+        elif re.fullmatch('\x1b\\[\\d*K', token): rows[row] = rows[row][:col] if token[2:-1] in ('','0') else ''
+        else: rows[row], col = rows[row][:col].ljust(col) + token + rows[row][col+len(token):], col+len(token)
+    return '\n'.join(r.rstrip() for r in rows)
+def tidy(outputs):
+    "Merge neighbouring streams, collapse progress bars, replace live widgets by their still pictures"
+    res = []
+    for o in outputs:
+        if o['output_type']=='stream' and res and res[-1].get('name')==o['name']: res[-1]['text'] += o['text']; continue
+        if 'data' in o and o['data'].pop(WIDGET, None) is not None and not {'image/png','text/html'} & o['data'].keys(): continue
+        res.append(o)
+    for o in res:
+        if o['output_type']=='stream': o['text'] = as_terminal(''.join(o['text'])).splitlines(True)
+    return [o for o in res if o['output_type']!='stream' or ''.join(o['text']).strip()]
+def shows_root(outputs):
+    text = json.dumps([{**o, 'data': {k:v for k,v in o.get('data',{}).items() if not k.startswith('image/')}} for o in outputs])
+    return re.search(re.escape(str(ROOT)) + r'(?!\w)', re.sub(r'base64,[\w+/=]+', '', text))
+def run(path, out, place, progress):
+    "Execute one notebook; returns None, or a text that says what went wrong where"
+    path, out, start = Path(path).resolve(), out and Path(out).resolve(), time.time()
+    nb, flags = read_nb(path), '|'.join(get_config(path=ROOT).tst_flags.split())
+    cells = [c for c in nb.cells if c.cell_type=='code' and not skip(c.source, flags)]
+    os.chdir(path.parent); shell = CaptureShell(path)
+    for j, c in enumerate(cells, 1):
+        if progress: print(f'notebook {place} {path.name}: cell {j}/{len(cells)}, {time.time()-start:.0f} s', file=sys.stderr, flush=True)
+        c.outputs = []; shell.cell(c); where = f'{path.name}, cell {nb.cells.index(c)+1} (code cell {j}/{len(cells)})'
+        if shell.exc:
+            trace = next((''.join(o['traceback']) for o in c.outputs if o['output_type']=='error'), '')
+            return f'{where}: {type(shell.exc).__name__}: {shell.exc}\n{c.source}\n{trace}'
+        c.outputs = tidy(c.outputs)
+        if shows_root(c.outputs): return f'{where}: an output contains the path of the repository, {ROOT}\n{c.source}'
+    nb.metadata.pop('widgets', None)
+    dest = path if out is None else out/(path.relative_to(ROOT/'nbs') if path.is_relative_to(ROOT/'nbs') else path.name)
+    dest.parent.mkdir(parents=True, exist_ok=True); temporary = dest.with_name(f'.{dest.name}.{os.getpid()}.tmp')
+    try: write_nb(nb, temporary); os.replace(temporary, dest)
+    finally: temporary.unlink(missing_ok=True)
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__); p.add_argument('notebooks', nargs='+')
+    p.add_argument('--out', help='folder for the executed copies; without it the notebooks themselves are updated')
+    p.add_argument('--progress', action='store_true', help='say on stderr which cell is running'); a = p.parse_args()
+    n, fresh = len(a.notebooks), dict(max_workers=1, max_tasks_per_child=1, mp_context=multiprocessing.get_context('spawn'))
+    with ProcessPoolExecutor(**fresh) as pool: # one notebook per process: no seed, import or setting leaks into the next
+        errors = list(filter(None, pool.map(run, a.notebooks, [a.out]*n, [f'{i+1}/{n}' for i in range(n)], [a.progress]*n)))
+    if errors: sys.exit('\n'.join(errors))

@@ -1,0 +1,37 @@
+"Sprites emerging from noise, made with the shipped model: OUT/emerging.gif and OUT/contact_sheet.png."
+import argparse
+from pathlib import Path
+
+import torch
+
+from diffusion_course.checkpoints import pretrained
+from diffusion_course.context import one_hot
+from diffusion_course.plots import animate, save_images
+from diffusion_course.sampling import clipped, ddpm, initial_noise, per_sample_noise, predictor
+from diffusion_course.sprites import CLASSES
+
+
+def emerge(per_class, steps, seed=0):
+    "The states of DDPM from noise to sprites, `per_class` sprites of each class in a row of its own."
+    net, schedule = pretrained("sprites")
+    context = one_hot(torch.arange(len(CLASSES)).repeat_interleave(per_class))
+    predict = clipped(predictor(net, schedule, context), schedule)
+    loop = ddpm(predict, initial_noise(len(context), seed=seed), schedule, schedule.timesteps(steps), noise=per_sample_noise(seed, len(context)))
+    states = [step.xs for step in loop]
+    return [initial_noise(len(context), seed=seed), *states]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0)
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    states = emerge(8, 100)
+    frames = states[::4] if len(states) % 4 == 1 else [*states[::4], states[-1]]
+    animate(frames, ncols=8, alt="Noise turns into five rows of sprites: heroes, creatures, food, spells and people in profile").save(out / "emerging.gif")
+    save_images(out / "contact_sheet.png", states[-1], ncols=8)
+    print(f"{out / 'emerging.gif'}: sprites emerging from noise\n{out / 'contact_sheet.png'}: the same sprites, larger")
+
+
+if __name__ == "__main__": main()
