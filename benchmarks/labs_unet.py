@@ -38,10 +38,11 @@ def embedding(d_in: int, d: int) -> nn.Sequential:
 class LabsUnet(nn.Module):
     """The labs' network: 1,480,771 parameters with `shortcut="random"` (as in the labs), 256 more with "learned".
 
-    Called like ours, net(x, t, context), with x (n, in_channels, 16, 16), integer t (n,) and context (n, n_context) or None.
+    Called like ours, net(x, t, context): x (n, in_channels, 16, 16), integer t (n,), context (n, n_context) or None.
     """
 
-    def __init__(self, in_channels: int = 3, n_feat: int = 64, n_context: int = 5, T: int = 500, shortcut: str = "random"):
+    def __init__(self, in_channels: int = 3, n_feat: int = 64, n_context: int = 5, T: int = 500,
+                 shortcut: str = "random"):
         super().__init__()
         if shortcut not in ("random", "learned"):
             raise ValueError(f"shortcut is {shortcut!r}; choose 'random' (as in the labs) or 'learned' (repaired).")

@@ -1,4 +1,4 @@
-"""How fast is our network beside the labs'? Both are timed in turns within one run, so that drift of the machine hits both.
+"""How fast is our network beside the labs'? They are timed in turns within one run: drift of the machine hits all.
 
     python benchmarks/network.py            prints a table and writes it to benchmarks/results/network.md
 """
@@ -61,7 +61,8 @@ def medians(jobs: dict, rounds: int, warm_up: int = 2) -> dict[str, float]:
 
 def measure(rounds: int) -> list[tuple]:
     rows = []
-    for label, make, n, k in [("forward of 32", forward, 32, rounds), ("training step of 100", training_step, 100, rounds // 3)]:
+    kinds = [("forward of 32", forward, 32, rounds), ("training step of 100", training_step, 100, rounds // 3)]
+    for label, make, n, k in kinds:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             rows.append((label, threads, medians({name: make(net, n) for name, net in networks().items()}, max(k, 3))))
@@ -71,12 +72,13 @@ def measure(rounds: int) -> list[tuple]:
 def report(rows, rounds) -> str:
     size = {name: sum(p.numel() for p in net.parameters()) for name, net in networks().items()}
     lines = ["# Our network beside the labs'", "",
-             f"Float32, images 3x16x16, median of {rounds} rounds (a third of that for training), the three networks timed in turns.",
+             f"Float32, images 3x16x16, median of {rounds} rounds (a third of that for training), "
+             "the three networks timed in turns; forward passes in eval mode under no_grad.",
              f"torch {torch.__version__}, CPU capability {torch.backends.cpu.get_cpu_capability()}. Repeat with: "
              f"`python benchmarks/network.py --rounds {rounds}`", "",
              "Absolute times change from machine to machine; the ratio is what counts.", "",
-             f"| what | threads | labs ({size[LABS]:,} parameters) | labs, repaired ({size[REPAIRED]:,}) | ours ({size[OURS]:,}) "
-             "| ours / labs | ours / repaired |", "|---|---|---|---|---|---|---|"]
+             f"| what | threads | labs ({size[LABS]:,} parameters) | labs, repaired ({size[REPAIRED]:,}) "
+             f"| ours ({size[OURS]:,}) | ours / labs | ours / repaired |", "|---|---|---|---|---|---|---|"]
     for label, threads, s in rows:
         lines.append(f"| {label} | {threads} | {s[LABS]*1e3:.1f} ms | {s[REPAIRED]*1e3:.1f} ms | {s[OURS]*1e3:.1f} ms "
                      f"| {s[OURS]/s[LABS]:.2f} | {s[OURS]/s[REPAIRED]:.2f} |")

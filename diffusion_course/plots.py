@@ -15,8 +15,8 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from PIL import Image
 
-# %% ../nbs/toolkit/plots.ipynb #61371c0f
-def to_uint8(images, # float (n, c, h, w) or (c, h, w) in [-1, 1] with c = 1 or 3; or uint8 (n, h, w, c), returned as it is
+# %% ../nbs/toolkit/plots.ipynb #9116bf0e
+def to_uint8(images, # float (n, c, h, w) or (c, h, w) in [-1, 1]; or uint8 (n, h, w, c), returned as it is; c is 1 or 3
             ) -> np.ndarray: # uint8 (n, h, w, c)
     """The one display mapping: -1 is black, +1 is full brightness, what lies outside is clamped.
 
@@ -28,30 +28,36 @@ def to_uint8(images, # float (n, c, h, w) or (c, h, w) in [-1, 1] with c = 1 or 
         raise TypeError(f'images hold {x.dtype}; expected floats in [-1, 1], or uint8 in 0..255 with channels last')
     if x.ndim == 3: x = x[None]
     if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f'images have shape {tuple(x.shape)}; expected (n, c, h, w) or (c, h, w) with c = 1 or 3 channels')
-    if x.isnan().any(): raise ValueError('the images hold NaN; look for a division by zero or for a training that diverged')
+        raise ValueError(f'images have shape {tuple(x.shape)}; expected (n, c, h, w) or (c, h, w) with 1 or 3 channels')
+    if x.isnan().any(): raise ValueError('the images hold NaN; look for a division by zero or a training that diverged')
     x = (x.float() + 1) * 127.5                       # [-1, 1] -> [0, 255]
     return x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 def _checked_bytes(x):
     "uint8 images are channels last already: check the shape and pass them on"
     if x.ndim != 4 or x.shape[-1] not in (1, 3):
-        raise ValueError(f'uint8 images have shape {tuple(x.shape)}; expected (n, h, w, c) with c = 1 or 3 channels')
+        raise ValueError(f'uint8 images have shape {tuple(x.shape)}; expected (n, h, w, c) with 1 or 3 channels')
     return x.numpy()
 
-# %% ../nbs/toolkit/plots.ipynb #37933cf5
+# %% ../nbs/toolkit/plots.ipynb #ffdc3325
+def _rows_of(images, ncols):
+    "Bytes of all images, and the numbers of columns and rows that they fill"
+    x = to_uint8(images)
+    if len(x) == 0: raise ValueError('there are no images to show')
+    if ncols < 1: raise ValueError(f'ncols is {ncols}; expected at least 1')
+    return x, min(ncols, len(x)), math.ceil(len(x)/ncols)
+
 def _sheet(images, ncols, gap=1, header=0, top=0, left=0):
     """All images on white: a uint8 (H, W, 3) array and the (y, x) corner of every image.
 
     Empty pixels for text: `header` above the grid, `top` above each row, `left` beside it."""
-    x = to_uint8(images)
-    if len(x) == 0: raise ValueError('there are no images to show')
-    if ncols < 1: raise ValueError(f'ncols is {ncols}; expected at least 1')
-    n, h, w, _ = x.shape
-    ncols, nrows = min(ncols, n), math.ceil(n / ncols)
+    images, ncols, nrows = _rows_of(images, ncols)
+    h, w = images.shape[1:3]
     sheet = np.full((header + nrows*(top+h+gap) + gap, left + ncols*(w+gap) + gap, 3), 255, np.uint8)
-    corners = [(header + gap + top + row*(top+h+gap), left + gap + col*(w+gap)) for row in range(nrows) for col in range(ncols)][:n]
-    for image, (y, x) in zip(x, corners): sheet[y:y+h, x:x+w] = image
+    ys = [header + gap + top + row*(top+h+gap) for row in range(nrows)]
+    xs = [left + gap + col*(w+gap) for col in range(ncols)]
+    corners = [(y, x) for y in ys for x in xs][:len(images)]
+    for image, (y, x) in zip(images, corners): sheet[y:y+h, x:x+w] = image
     return sheet, corners
 
 def image_grid(images, # what `to_uint8` takes
@@ -89,15 +95,17 @@ def save_images(path, # where the PNG goes; missing folders are made
     size = sheet.width*int(scale), sheet.height*int(scale)
     return _write_whole(path, _png(sheet.resize(size, Image.Resampling.NEAREST)))
 
-# %% ../nbs/toolkit/plots.ipynb #5ee54567
+# %% ../nbs/toolkit/plots.ipynb #574f0ad4
 # Okabe and Ito's colours, which stay apart for colour-blind readers; their yellow is left out, too faint on white
 PALETTE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
-_LINES, _MARKERS = ('-', '--', '-.', ':', (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))), 'os^DvPX'
-_STYLE = ['default', {'font.size': 8, 'axes.titlesize': 8, 'legend.fontsize': 7, 'legend.frameon': False, 'lines.linewidth': 1.4,
-                      'lines.markersize': 4, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': .25}]
+_LINES = '-', '-.', ':', (0, (7, 1)), (0, (3, 1, 1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)) # '--' is kept for floors
+_MARKERS = 'os^DvPX'
+_STYLE = ['default', { # whatever style a reader has set, the figures of the course look the same
+    'font.size': 8, 'axes.titlesize': 8, 'legend.fontsize': 7, 'legend.frameon': False, 'lines.linewidth': 1.4,
+    'lines.markersize': 4, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': .25}]
 
 class Plot(Figure):
-    "A matplotlib Figure that a notebook shows once, where it is the last expression of a cell. It is unknown to pyplot."
+    "A matplotlib Figure, unknown to pyplot, that a notebook shows once: as the last expression of a cell"
     def __init__(self, width, height, **kwargs): super().__init__((width, height), dpi=100, facecolor='white', **kwargs)
 
     def _repr_png_(self):
@@ -106,11 +114,12 @@ class Plot(Figure):
         width, height = Image.open(data).size
         return data.getvalue(), dict(width=width//2, height=height//2)          # shown at half its size
 
-# %% ../nbs/toolkit/plots.ipynb #85f3d2b3
+# %% ../nbs/toolkit/plots.ipynb #87b9e389
 def _texts(name, texts, allowed):
     "A list of texts, as many as there are places for them"
     texts = [] if texts is None else [texts] if isinstance(texts, str) else [str(t) for t in texts]
-    if len(texts) not in (0, *allowed): raise ValueError(f'{name} holds {len(texts)} texts; expected {" or ".join(map(str, allowed))}')
+    if len(texts) not in (0, *allowed):
+        raise ValueError(f'{name} holds {len(texts)} texts; expected {" or ".join(map(str, allowed))}')
     return texts
 
 def show_images(images, # what `to_uint8` takes
@@ -120,14 +129,14 @@ def show_images(images, # what `to_uint8` takes
                 scale=None, # screen pixels per image pixel; by default an image is about 48 pixels high
                ) -> Plot:
     "All images in a grid of crisp pixels"
-    _, corners = _sheet(images, ncols)
-    n, h, w, _ = to_uint8(images).shape
+    images, ncols, nrows = _rows_of(images, ncols)
+    n, h, w, _ = images.shape
     scale = scale or max(1, round(48/h))
-    ncols, nrows = min(ncols, n), math.ceil(n/ncols)
     titles, row_labels = _texts('titles', titles, (n, ncols)), _texts('row_labels', row_labels, (nrows,))
     # room for text: about 12 screen pixels per line, 6 per letter
     above = math.ceil(12*max((t.count('\n') + 1 for t in titles), default=0)/scale)
-    left = math.ceil(6*max((len(line) for t in row_labels for line in t.split('\n')), default=0)/scale)
+    letters = max((len(line.replace('$', '')) for label in row_labels for line in label.split('\n')), default=0)
+    left = math.ceil(6*letters/scale)
     room = dict(top=above) if len(titles) == n else dict(header=above)
     sheet, corners = _sheet(images, ncols, left=left, **room)
     with style.context(_STYLE):
@@ -135,31 +144,37 @@ def show_images(images, # what `to_uint8` takes
         ax = fig.add_axes((0, 0, 1, 1))
         ax.imshow(sheet, interpolation='nearest', aspect='auto')
         ax.set_axis_off()
-        for text, (y, x) in zip(titles, corners): ax.text(x + w/2 - .5, y - 1.5, text, ha='center', va='bottom', size=7)
-        for text, (y, x) in zip(row_labels, corners[::ncols]): ax.text(x - 2, y + h/2 - .5, text, ha='right', va='center', size=7)
+        for text, (y, x) in zip(titles, corners):
+            ax.text(x + w/2 - .5, y - 1.5, text, ha='center', va='bottom', size=7)
+        for text, (y, x) in zip(row_labels, corners[::ncols]):
+            ax.text(x - 2, y + h/2 - .5, text, ha='right', va='center', size=7)
     return fig
 
-# %% ../nbs/toolkit/plots.ipynb #089ec392
+# %% ../nbs/toolkit/plots.ipynb #5fbcdc54
 def denoising_strip(steps, # the steps of a sampler: a list, or the generator itself
                     which=None, # times t to show; for each the nearest step is taken
-                    n_columns=8, # without `which`: this many columns, evenly spaced
+                    n_columns=8, # without `which`: at most this many columns, evenly spaced in time
                     sample=0, # which image of the batch
                     scale=None, # screen pixels per image pixel
                    ) -> Plot:
     "One sample on its way: x_t above, below it what the network takes x_0 to be; the last column is the finished image"
     steps = list(steps)
     if not steps: raise ValueError('there are no steps to show; was the generator used up already?')
-    if which is None: chosen = [steps[i] for i in sorted(set(np.linspace(0, len(steps)-1, max(n_columns-1, 1)).round().astype(int)))]
-    else: chosen = [min(steps, key=lambda step: abs(step.t - t)) for t in which]
+    if which is None: which = np.linspace(steps[0].t, steps[-1].t, max(n_columns - 1, 1))
+    chosen = [min(steps, key=lambda step: abs(step.t - t)) for t in which]
+    chosen = [step for i, step in enumerate(chosen) if step is not chosen[i-1] or i == 0]  # few steps: show each once
     final = steps[-1].xs[sample]
-    images = [s.xt[sample] for s in chosen] + [final] + [s.pred.x0[sample] for s in chosen] + [torch.ones_like(final)]
-    return show_images(torch.stack([x.detach().float().cpu() for x in images]), len(chosen) + 1,
-                       [f't = {t}' for t in [s.t for s in chosen] + [steps[-1].s]], ['$x_t$', 'predicted $x_0$'], scale)
+    above, below = [step.xt[sample] for step in chosen] + [final], [step.pred.x0[sample] for step in chosen]
+    images = torch.stack([x.detach().float().cpu() for x in above + below + [torch.ones_like(final)]])
+    return show_images(images, len(above), [f't = {t}' for t in [step.t for step in chosen] + [steps[-1].s]],
+                       ['$x_t$', 'predicted $x_0$'], scale)
 
-# %% ../nbs/toolkit/plots.ipynb #257d008b
+# %% ../nbs/toolkit/plots.ipynb #7705e4a7
 class Animation:
     "A GIF that loops for ever, its last frame as a still PNG, and a text that says what it shows"
-    def __init__(self, gif, still, alt, width_px): self.gif, self.still, self.alt, self.width_px = gif, still, alt, width_px
+    def __init__(self, gif, still, alt, width_px):
+        self.gif, self.still, self.alt, self.width_px = gif, still, alt, width_px
+
     def save(self, path): return _write_whole(path, self.gif)
     def __repr__(self): return f'Animation({self.alt!r}, {len(self.gif)/1000:.0f} kB)'
     def _repr_html_(self):
@@ -168,13 +183,15 @@ class Animation:
                 f'<img src="data:image/gif;base64,{gif}" alt="{html.escape(self.alt)}" '
                 f'style="width: {self.width_px}px; max-width: 100%; image-rendering: pixelated"></picture>')
 
-def _few_colours(sheets, colours=64):
-    "Moving frames in one shared palette, the last frame in a palette of its own (255: GIF keeps one number for 'unchanged')"
+def _few_colours(sheets, colours=56):
+    "Noisy frames share a palette; the last fifth have their own, of 255, as GIF keeps one number for 'unchanged'"
     # MAXCOVERAGE makes the largest colour error small; the median cut would turn the white background slightly pink
     pick = dict(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    some = Image.fromarray(np.concatenate([np.asarray(s) for s in sheets[::3] + sheets[-1:]]))
-    palette = some.quantize(colours, **pick)
-    return [s.quantize(palette=palette, dither=Image.Dither.NONE) for s in sheets[:-1]] + [sheets[-1].quantize(255, **pick)]
+    split = len(sheets) - max(1, len(sheets)//5)
+    noisy, late = sheets[:split], sheets[split:]
+    some = Image.fromarray(np.concatenate([np.asarray(s) for s in noisy[::3] + late[-1:]]))
+    shared = dict(palette=some.quantize(colours, **pick), dither=Image.Dither.NONE)
+    return [s.quantize(**shared) for s in noisy] + [s.quantize(255, **pick) for s in late]
 
 def animate(frames, # batches of images, one for each frame, each what `to_uint8` takes; a list or a generator
             *, alt, # what the animation shows, in words, for those who cannot see it
@@ -184,23 +201,28 @@ def animate(frames, # batches of images, one for each frame, each what `to_uint8
             width_px=None, # width on the screen; by default three screen pixels per image pixel
            ) -> Animation:
     "Turn batches of images into a small GIF with one pixel per image pixel"
-    if not str(alt).strip(): raise ValueError('alt is empty; say in a sentence what the animation shows')
-    if not 0 < fps <= 50: raise ValueError(f'fps is {fps}; expected more than 0 and at most 50, the fastest that browsers play a GIF')
+    if not (alt and alt.strip()): raise ValueError('alt is empty; say in a sentence what the animation shows')
+    if not 0 < fps <= 50: raise ValueError(f'fps is {fps}; expected more than 0 and at most 50 (browsers limit it)')
     sheets = [image_grid(f, ncols) for f in frames]
     if not sheets: raise ValueError('there are no frames to show; was the generator used up already?')
-    if len({s.size for s in sheets}) > 1: raise ValueError('the frames differ in size; expected the same number of images in each')
+    if len({s.size for s in sheets}) > 1:
+        raise ValueError('the frames differ in size; expected the same number of images in each')
     first, *others = _few_colours(sheets)
     data, durations = io.BytesIO(), [1000/fps]*len(others) + [1000*hold]
     first.save(data, 'GIF', save_all=True, append_images=others, duration=durations, loop=0)
     return Animation(data.getvalue(), _png(sheets[-1]), alt, width_px or 3*first.width)
 
-# %% ../nbs/toolkit/plots.ipynb #9601cb6b
+# %% ../nbs/toolkit/plots.ipynb #d2456b8c
 def _axes(n=1, **labels):
     "A Plot with n panels side by side"
     fig = Plot(3.2*n, 2.2, layout='constrained')
     axes = fig.subplots(1, n, squeeze=False)[0]
     for ax in axes: ax.set(**labels)
     return fig, axes
+
+def _few_lines(lines):
+    if len(lines) > len(PALETTE):
+        raise ValueError(f'there are {len(lines)} lines; expected at most {len(PALETTE)} to tell them apart')
 
 def _floor(ax, floor):
     if floor is not None: ax.axhline(floor, color='0.35', lw=1, ls='--', label=f'floor {floor:.3g}', zorder=0)
@@ -224,6 +246,7 @@ def loss_curve(losses, # numbers, or steps of `train` (with .step and .loss); or
               ) -> Plot:
     "Training loss against the step, on a logarithmic axis"
     runs = losses if isinstance(losses, dict) else {None: losses}
+    _few_lines(runs)
     with style.context(_STYLE):
         fig, (ax,) = _axes(xlabel='step', ylabel='loss', yscale='log')
         for (name, run), colour, line in zip(runs.items(), PALETTE, _LINES):
@@ -234,7 +257,7 @@ def loss_curve(losses, # numbers, or steps of `train` (with .step and .loss); or
         if floor is not None or None not in runs: ax.legend()
     return fig
 
-# %% ../nbs/toolkit/plots.ipynb #7bbf3370
+# %% ../nbs/toolkit/plots.ipynb #b92eb724
 def quality_curve(x, # where the scores were measured, such as numbers of steps
                   scores, # dictionary label -> (means, standard errors or None), each as long as x
                   xlabel='', ylabel='', # what the axes show
@@ -242,24 +265,26 @@ def quality_curve(x, # where the scores were measured, such as numbers of steps
                   xscale='linear', yscale='linear', # or "log"
                  ) -> Plot:
     "Scores with error bars of one standard error"
-    if len(scores) > len(PALETTE): raise ValueError(f'{len(scores)} lines; expected at most {len(PALETTE)}, or nobody can tell them apart')
+    _few_lines(scores)
     with style.context(_STYLE):
         fig, (ax,) = _axes(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale)
         for (label, (mean, se)), colour, line, marker in zip(scores.items(), PALETTE, _LINES, _MARKERS):
-            if len(mean) != len(x): raise ValueError(f'{label!r} has {len(mean)} means for {len(x)} places on the x axis')
+            if len(mean) != len(x):
+                raise ValueError(f'{label!r} has {len(mean)} means for {len(x)} places on the x axis')
             ax.errorbar(x, mean, se, color=colour, ls=line, marker=marker, capsize=2, elinewidth=1, label=label)
         if xscale == 'log':
             ax.set_xticks(x, [f'{v:g}' for v in x])
-            ax.minorticks_off()
+            ax.set_xticks([], minor=True)
         _floor(ax, floor)
         ax.legend()
     return fig
 
-# %% ../nbs/toolkit/plots.ipynb #4f381b24
+# %% ../nbs/toolkit/plots.ipynb #1add1642
 def schedule_plot(schedules, # dictionary name -> an object with alpha_bar (T+1,), or one such object
                  ) -> Plot:
     "How much signal each schedule leaves (left) and its signal-to-noise ratio (right), against t/T"
     if not isinstance(schedules, dict): schedules = {None: schedules}
+    _few_lines(schedules)
     with style.context(_STYLE):
         fig, (signal, snr) = _axes(2, xlabel='t / T')
         signal.set_ylabel(r'signal $\sqrt{\bar\alpha_t}$')
@@ -270,5 +295,6 @@ def schedule_plot(schedules, # dictionary name -> an object with alpha_bar (T+1,
             signal.plot(t, np.sqrt(ab), color=colour, ls=line, label=name)
             # SNR(t) = alpha_bar / (1 - alpha_bar)
             snr.plot(t[1:], ab[1:]/(1 - ab[1:]), color=colour, ls=line)
+        snr.set_ylim(bottom=max(snr.get_ylim()[0], 1e-6))   # a cosine ends near 1e-32, which would hide all the rest
         if None not in schedules: signal.legend()
     return fig

@@ -302,7 +302,7 @@ def per_sample_noise(
         return _normal(generators, xt.shape[1:], xt.device)
     return noise
 
-# %% ../nbs/L1_Sampling.ipynb #817a3b4d
+# %% ../nbs/L1_Sampling.ipynb #0c66ad38
 def ideal_predictor(
     images: Tensor, # (m, …) the whole data set
     schedule: Schedule,
@@ -313,7 +313,7 @@ def ideal_predictor(
         data = images.to(xt)
         signal, noise = signal_and_noise(t, xt, schedule, first=1)
         # log w_i = -|x_t - sqrt(alpha_bar_t) x_i|² / (2 (1 - alpha_bar_t)) + constant
-        distance = torch.cdist((xt / noise).flatten(1).double(), (data * (signal / noise).view(-1, *[1] * (data.ndim - 1))).flatten(1).double())
+        distance = torch.cdist((xt / signal).flatten(1).double(), data.flatten(1).double()) * (signal / noise).reshape(-1, 1)
         weights = (-distance**2 / 2).softmax(dim=1)
         return prediction_from_x0((weights @ data.flatten(1).double()).view_as(xt).to(xt), xt, t, schedule)
     return predict

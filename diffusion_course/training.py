@@ -108,7 +108,7 @@ def shuffled_batches(
             batch.append(order[position % n])
         yield batch
 
-# %% ../nbs/L2_Training.ipynb #c4b4797d
+# %% ../nbs/L2_Training.ipynb #77ab982d
 def warmup_then_decay(
     step: int, # steps done
     steps: int, # in the whole run
@@ -118,6 +118,7 @@ def warmup_then_decay(
     done = (step + 1) / (steps + 1)
     return min(done / warmup, (1 - done) / (1 - warmup))
 
+# %% ../nbs/L2_Training.ipynb #ede94f5b
 def ramped_average(
     decay: float = 0.995, # of the average, once it has warmed up
 ) -> Callable: # avg_fn for torch's AveragedModel
@@ -147,10 +148,7 @@ class TrainStep(NamedTuple):
 class TrainingDiverged(FloatingPointError):
     "The loss or the gradient is no longer a finite number."
 
-# %% ../nbs/L2_Training.ipynb #b82c8448
-def _images_to(device, x0): # channels_last is the layout in which convolutions are fastest
-    return x0.to(device, memory_format=torch.channels_last if x0.ndim == 4 else torch.preserve_format)
-
+# %% ../nbs/L2_Training.ipynb #ce71f415
 def _pack(net, ema, optimizer, settings):
     parts = {"net": net.state_dict(), "ema": ema.state_dict()}
     for i, moments in optimizer.state_dict()["state"].items(): parts[f"optimizer.{i}"] = moments
@@ -165,7 +163,7 @@ def _unpack(state, settings, net, ema, optimizer):
     n_parameters = len(optimizer.param_groups[0]["params"])
     optimizer.load_state_dict({"state": {i: part(f"optimizer.{i}.") for i in range(n_parameters)}, "param_groups": optimizer.state_dict()["param_groups"]})
 
-# %% ../nbs/L2_Training.ipynb #bf6da895
+# %% ../nbs/L2_Training.ipynb #be50f430
 def train(
     net: nn.Module, # trained in place
     data: Dataset, # of (image, context)
@@ -185,10 +183,12 @@ def train(
     """Train `net` and yield after each optimiser step. What happens between the steps (bars, plots, checkpoints, early stopping) is
     the consumer's. A run that is resumed from a `TrainingState` continues to the bit on the same machine, because data order and noise are
     functions of (seed, step). Raises TrainingDiverged when a loss or gradient is not finite, before it can reach the weights."""
+    for name, value in dict(steps=steps, batch_size=batch_size, images=len(data)).items():
+        if value < 1: raise ValueError(f"{name}={value}: expected at least 1")
     device = torch.device(device) if device else best_device()
     dtype = fast_dtype(device) if autocast in (None, True) else autocast or None
-    net.to(device, memory_format=torch.channels_last).train()
-    average = AveragedModel(net, avg_fn=ramped_average(ema))
+    net.to(device).train()
+    average = AveragedModel(net, avg_fn=ramped_average(ema)).eval()
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, fused=device.type != "mps")
     settings = dict(step=0, steps=steps, batch_size=batch_size, lr=lr, ema=ema, clip=clip, seed=seed, T=schedule.T, images=len(data))
     if resume: _unpack(resume, settings, net, average, optimizer)
@@ -198,7 +198,7 @@ def train(
     for step, (x0, context) in enumerate(batches, first + 1):
         for group in optimizer.param_groups: group["lr"] = lr * warmup_then_decay(step - 1, steps)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            value = loss(net, _images_to(device, x0), context.to(device), schedule, generator=_seeded(seed, 1, step))
+            value = loss(net, x0.to(device), context.to(device), schedule, generator=_seeded(seed, 1, step))
         optimizer.zero_grad()
         value.backward()
         norm = nn.utils.clip_grad_norm_(net.parameters(), clip)

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 PREDICTIONS = ("eps", "x0", "v")      # what a network can be trained to predict
 GROUPS = 8                            # channels are normalised in this many groups
 
-# %% ../nbs/toolkit/unet.ipynb #e0243c40
+# %% ../nbs/toolkit/unet.ipynb #69f06140
 def sinusoidal_embedding(
     t: Tensor,                      # (n,) times, integer or float
     dim: int,                       # width of the embedding, even
-    max_period: float = 10_000,     # the slowest wave turns once in 2 pi max_period steps
+    max_period: float = 10_000,     # the slowest wave needs almost 2 pi max_period steps for a turn
 ) -> Tensor:                        # (n, dim) float32, in [-1, 1]
     "Times as waves of many lengths: first the sines, then the cosines (Vaswani et al. 2017, section 3.5)."
     if dim < 2 or dim % 2: raise ValueError(f"dim is {dim}; it must be even and at least 2: half sines, half cosines.")
@@ -64,7 +64,7 @@ def _zero(layer):
     for p in layer.parameters(): nn.init.zeros_(p)
     return layer
 
-# %% ../nbs/toolkit/unet.ipynb #ca73b85a
+# %% ../nbs/toolkit/unet.ipynb #e9ebd125
 def _check_image(x, in_channels):
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a float tensor, got {_kind(x)}. For pixels in bytes write x.float() / 127.5 - 1.")
@@ -78,8 +78,8 @@ def _check_image(x, in_channels):
 
 def _check_time(t, n):
     if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-        raise TypeError(f"t must be an integer tensor of shape ({n},), got {_kind(t)}. For one time for all images write "
-                        "torch.full((n,), t), or call the network through predictor(), which does that; "
+        raise TypeError(f"t must be an integer tensor of shape ({n},), got {_kind(t)}. For one time for all images "
+                        "write torch.full((n,), t), or call the network through predictor(), which does that; "
                         "times are steps 0 ... T, not fractions.")
     if t.shape != (n,):
         raise ValueError(f"t has shape {tuple(t.shape)}, expected ({n},): one integer time for each image.")
@@ -91,13 +91,14 @@ def _check_context(context, n, n_context):
         raise TypeError(f"context must be a float tensor of shape ({n}, {n_context}) or None, got {_kind(context)}. "
                         "For class names or class numbers use one_hot from diffusion_course.context.")
     if context.shape != (n, n_context):
-        raise ValueError(f"context has shape {tuple(context.shape)}, expected ({n}, {n_context}): one row of {n_context} "
-                         "numbers for each image. For class names or class numbers use one_hot from diffusion_course.context.")
+        raise ValueError(f"context has shape {tuple(context.shape)}, expected ({n}, {n_context}): one row of "
+                         f"{n_context} numbers for each image. For class names or class numbers use one_hot from "
+                         "diffusion_course.context.")
 
 
 def _kind(x): return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__} {x!r:.40}"
 
-# %% ../nbs/toolkit/unet.ipynb #3eb5ee04
+# %% ../nbs/toolkit/unet.ipynb #2a3b0cd6
 class ContextUnet(nn.Module):
     """A U-Net with three resolutions that predicts `eps`, `x0` or `v` from a noisy image, its time and a context.
 
@@ -168,10 +169,13 @@ def _grow(c_in, c_out):
 
 def _check_config(in_channels, n_feat, n_context, predicts):
     for name, value, low in [("in_channels", in_channels, 1), ("n_feat", n_feat, GROUPS), ("n_context", n_context, 0)]:
-        if not isinstance(value, int) or isinstance(value, bool): raise TypeError(f"{name} must be an int, got {value!r}.")
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}.")
         if value < low: raise ValueError(f"{name} is {value}; it must be at least {low}.")
-    if n_feat % GROUPS: raise ValueError(f"n_feat is {n_feat}; it must be a multiple of {GROUPS}, the number of norm groups.")
-    if predicts not in PREDICTIONS: raise ValueError(f"predicts is {predicts!r}; choose one of {', '.join(PREDICTIONS)}.")
+    if n_feat % GROUPS:
+        raise ValueError(f"n_feat is {n_feat}; it must be a multiple of {GROUPS}, the number of norm groups.")
+    if predicts not in PREDICTIONS:
+        raise ValueError(f"predicts is {predicts!r}; choose one of {', '.join(PREDICTIONS)}.")
 
 # %% ../nbs/toolkit/unet.ipynb #b0826227
 def block_shapes(

@@ -1,16 +1,19 @@
-"""Checks with an independent right answer. Each takes the thing to be judged and raises AssertionError, saying what is wrong, if it errs.
+"""Checks with an independent right answer. Each takes the thing to be judged and raises AssertionError if it errs.
 
-The samplers' checks take any generator with ddpm's signature, `sampler(predict, xT, schedule, ts, *, noise)`; further arguments such as
-`eta` are bound with functools.partial. Nothing here uses the formulas of `posterior` or of a sampler: what they should give is worked
-out in another way (conditioning a joint Gaussian, the composition of kernels, the closed form of an ODE, diffusers)."""
+The samplers' checks take any generator with ddpm's signature, `sampler(predict, xT, schedule, ts, *, noise)`; further
+arguments such as `eta` are bound with functools.partial. Nothing here uses the formulas of `posterior` or of a sampler:
+what they should give is worked out in another way (conditioning a joint Gaussian, composing kernels, the closed form of
+an ODE, diffusers)."""
 
 import math
 from itertools import pairwise
 
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from torch.testing import assert_close
 
-from diffusion_course.sampling import (Schedule, ideal_predictor, initial_noise, per_sample_noise, prediction_from_x0, sample)
+from diffusion_course.sampling import (Schedule, ideal_predictor, initial_noise, per_sample_noise, prediction_from_x0,
+                                       sample)
 from diffusion_course.unet import ContextUnet
 
 
@@ -27,7 +30,7 @@ def normal(seed=0):
 
 def walk(sampler, *args, **kwargs): return list(sampler(*args, **kwargs))
 
-# ---------------------------------------------------------------- things to sample with
+# --- things to sample with -------------------------------------------------------------------------------------------
 
 def labs(): return Schedule.linear(500, 1e-4, 0.02)
 
@@ -37,10 +40,8 @@ def random_images(m=64, shape=(3, 16, 16), seed=0):
 
 def random_unet(seed=0, **config):
     "A small ContextUnet in which no weight is zero, so that image, time and context all reach the output."
-    torch.manual_seed(seed)
-    net = ContextUnet(**{"n_feat": 8, **config}).eval()
-    with torch.no_grad():
-        for p in net.parameters(): p.add_(torch.randn_like(p) * 0.1)
+    net, g = ContextUnet(**{"n_feat": 8, **config}).requires_grad_(False).eval(), seeded(seed)
+    for p in net.parameters(): p.normal_(std=0.1, generator=g)
     return net
 
 def smooth_predictor(schedule, size, seed=0):
@@ -51,7 +52,7 @@ def smooth_predictor(schedule, size, seed=0):
         return prediction_from_x0(x0, xt, t, schedule)
     return predict
 
-# ---------------------------------------------------------------- 1. analytic: Gaussian data N(mu, std²), each pixel on its own
+# --- 1. analytic: Gaussian data N(mu, std²), each pixel on its own ---------------------------------------------------
 
 def gaussian_predictor(mu, std, schedule):
     "The optimal prediction for pixels from N(mu, std²): E[x0 | xt], by regression of x0 on xt."
@@ -81,17 +82,21 @@ def gaussian_walk(mu, std, schedule, ts, kernel=ddpm_kernel):
     for t, s in pairwise(ts):
         a, b, extra = kernel(ab[t], ab[s])
         gain = math.sqrt(ab[t]) * std**2 / (ab[t] * std**2 + 1 - ab[t])     # x0 = mu + gain (x_t - sqrt(ab_t) mu)
-        mean, var = (a * gain + b) * mean + a * mu * (1 - gain * math.sqrt(ab[t])), (a * gain + b) ** 2 * var + extra
+        slope, shift = a * gain + b, a * mu * (1 - gain * math.sqrt(ab[t]))
+        mean, var = slope * mean + shift, slope**2 * var + extra
         moments.append((mean, var))
     return moments
 
 def check_gaussian_exact(sampler, schedule, ts, *, kernel=ddpm_kernel, mu=0.3, std=0.5):
-    """Mean and variance after every step, to rounding error. With Gaussian data a sampler is an affine map of its noise, so row 0 of
-    a batch without any noise is the mean, and the squares of the responses to one unit of noise at a time add up to the variance."""
+    """Mean and variance after every step, to rounding error.
+
+    With Gaussian data a sampler is an affine map of its noise. Row 0, without any noise, is the mean; rows 1, 2 … get
+    one unit of one draw each, and the squares of what becomes of it add up to the variance."""
     rows, draws = 2 * len(ts) + 2, iter(range(2, 2 * len(ts) + 2))
     def unit(row, like): return torch.zeros_like(like).index_fill_(0, torch.tensor([row]), 1.0)
-    xT = unit(1, torch.zeros(rows, 1, dtype=torch.float64))
-    steps = walk(sampler, gaussian_predictor(mu, std, schedule), xT, schedule, ts, noise=lambda xt: unit(next(draws), xt))
+    xT = unit(1, torch.empty(rows, 1, dtype=torch.float64))
+    def noise(xt): return unit(next(draws), xt)
+    steps = walk(sampler, gaussian_predictor(mu, std, schedule), xT, schedule, ts, noise=noise)
     want = gaussian_walk(mu, std, schedule, ts, kernel)
     assert len(steps) == len(want), f"number of steps: {len(steps)}, expected {len(want)}"
     for step, (mean, var) in zip(steps, want):
@@ -109,25 +114,34 @@ def check_gaussian_samples(sampler, schedule, ts, *, kernel=ddpm_kernel, mu=0.3,
     close(xs.var().item(), var, "variance of the samples", rtol=5 * math.sqrt(2 / n), atol=0)
 
 def gaussian_ode(xt, t, s, mu, std, schedule):
-    "Where the probability-flow ODE takes x_t at time s: it keeps the place of a point among the quantiles of N(mu, std²) plus noise."
+    "Where the probability-flow ODE takes x_t at time s: a point keeps its quantile in the marginal of its time."
     ab_t, ab_s = float(schedule.alpha_bar[t]), float(schedule.alpha_bar[s])
     spread = math.sqrt((ab_s * std**2 + 1 - ab_s) / (ab_t * std**2 + 1 - ab_t))
     return math.sqrt(ab_s) * mu + spread * (xt - math.sqrt(ab_t) * mu)
 
-def error_orders(sampler, ns=(8, 16, 32, 64, 128), *, T=1024, mu=0.3, std=0.5, make=Schedule.linear):
-    "log2 of how much smaller the error gets each time the number of steps doubles. `ns` doubles and divides T, so the grids are even."
-    schedule, xT = make(T), torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    exact = gaussian_ode(xT, T, 0, mu, std, schedule)
-    ends = [walk(sampler, gaussian_predictor(mu, std, schedule), xT, schedule, schedule.timesteps(n))[-1].xs for n in ns]
-    errors = [(end - exact).square().mean().sqrt().item() for end in ends]
+EVEN = Schedule.linear(1024, 1e-3, 0.01)       # T is a power of 2, so the grids of 8, 16 … steps are exactly even
+
+def error_orders(sampler, ns=(8, 16, 32, 64, 128), *, schedule=EVEN, mu=0.3, std=0.5):
+    """log2 of how much the error shrinks each time the number of steps doubles. `ns` doubles from 8 and divides T.
+
+    The error is taken at the times 7T/8 … T/8 that all grids share. The step to 0 is left out: the log-SNR is infinite
+    there, and every sampler jumps to its prediction of x0, an error of its own order (`check_lands` looks at it)."""
+    T, xT = schedule.T, torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    shared, errors = [T * k // 8 for k in range(1, 8)], []
+    for n in ns:
+        steps = walk(sampler, gaussian_predictor(mu, std, schedule), xT, schedule, schedule.timesteps(n))
+        found = torch.stack([step.xs for step in steps if step.s in shared])
+        exact = torch.stack([gaussian_ode(xT, T, step.s, mu, std, schedule) for step in steps if step.s in shared])
+        errors.append((found - exact).square().mean().sqrt().item())
     return [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
 
 def check_error_order(sampler, order, *, last=0.1, **kwargs):
     "The measured order at the finest grids is `order`, to within `last`."
     orders = error_orders(sampler, **kwargs)
-    close(orders[-1], float(order), f"order of the error, measured {[round(o, 2) for o in orders]}", rtol=0, atol=last)
+    measured = [round(o, 2) for o in orders]
+    close(orders[-1], float(order), f"order of the error, measured {measured}", rtol=0, atol=last)
 
-# ---------------------------------------------------------------- 2. the ideal denoiser on a finite set of images
+# --- 2. the ideal denoiser on a finite set of images -----------------------------------------------------------------
 
 def separation(images, schedule, t):
     "Distance between the two nearest images, in units of the noise level sigma[t]."
@@ -137,11 +151,12 @@ def separation(images, schedule, t):
 def must_land(images, schedule, ts):
     """Is the last time with noise, ts[-2], late enough for a walk to land on an image?
 
-    The ideal prediction at time t is a mixture in which an image at distance D sigma[t] from the right one has a weight of about
-    exp(-D²/2 + D z), z a standard normal number. From D = 10 on that is nothing, if x_t is distributed as it should. A walk of few steps
-    can also arrive half way between two images, where both keep weight; from D = 25 on that has not been seen either. With 64 random
-    images of 16×16 this asks for n >= 5 (linear), 4 (labs) or 3 (cosine) steps: below, the last prediction is honestly a mixture."""
-    return separation(images, schedule, ts[-2]) >= 25
+    The ideal prediction is a mixture in which an image at distance D sigma[t] from the right one weighs about
+    exp(-D²/2 + D z), z a standard normal number. From D = 10 on that is nothing, if x_t is distributed as it should be.
+    A walk of few steps can also arrive half way between two images, where both keep weight: of 100 seeds some did so up
+    to D just below 50, none beyond. With 64 random images of 16×16 this asks for n >= 9 (linear), 6 (labs) or 5
+    (cosine) steps. Below that the end is honestly a mixture."""
+    return separation(images, schedule, ts[-2]) >= 50
 
 def distance_to_nearest(x, images):
     "Root mean square of the difference to the nearest image, for each sample."
@@ -157,18 +172,21 @@ def check_lands(sampler, schedule, ts, *, images=None, n=8, seed=0):
         assert rms <= 1e-3, f"landing: {rms:.2g} away from the nearest image"
     close(last.xs, last.pred.x0, "the last state is the last prediction")
 
-# ---------------------------------------------------------------- 3. diffusers
+# --- 3. diffusers ----------------------------------------------------------------------------------------------------
 
-def diffusers_scheduler(cls, schedule_name="linear", **config):
+def diffusers_scheduler(cls, **config):
     "A scheduler of diffusers on the labs' schedule. It counts times from 0, so its t is our t - 1."
-    return cls(num_train_timesteps=500, beta_start=1e-4, beta_end=0.02, beta_schedule=schedule_name, clip_sample=False, **config)
+    clip = {} if cls is DPMSolverMultistepScheduler else {"clip_sample": False}
+    return cls(num_train_timesteps=500, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", **clip, **config)
 
 def check_against_diffusers(sampler, scheduler, n, predict, xT, schedule, *, seed=0, tolerance=1e-4, **step_options):
-    """The whole trajectory equals the scheduler's, which draws its noise from an equal generator. Returns the largest difference.
+    """The whole trajectory equals the scheduler's, which draws from an equal generator. Returns the largest difference.
 
-    diffusers draws noise for every t > 0 of its own, we for every s > 0: the n-th draw is the same, and what it draws more has no weight."""
+    diffusers draws noise for every t > 0 of its own, we for every s > 0: the k-th draw of both belongs to step k, and a
+    draw too many for the last step has no weight."""
     scheduler.set_timesteps(n)
-    ts, output = [int(t) + 1 for t in scheduler.timesteps] + [0], {"epsilon": "eps", "sample": "x0"}[scheduler.config.prediction_type]
+    ts = [int(t) + 1 for t in scheduler.timesteps] + [0]
+    output = {"epsilon": "eps", "sample": "x0"}[scheduler.config.prediction_type]
     x, g, largest = xT, seeded(seed), 0.0
     steps = walk(sampler, predict, xT, schedule, ts, noise=normal(seed))
     for t, step in zip(scheduler.timesteps, steps, strict=True):
@@ -177,12 +195,13 @@ def check_against_diffusers(sampler, scheduler, n, predict, xT, schedule, *, see
         largest = max(largest, (step.xs - x).abs().max().item())
     return largest
 
-# ---------------------------------------------------------------- 4. identities of samplers, predictions and noise
+# --- 4. identities of samplers, predictions and noise ----------------------------------------------------------------
 
 def check_steps(sampler, predict, xT, schedule, ts, noise=None):
-    "The record of the walk: pairs of `ts`, each step from the state where the one before ended, nothing changed afterwards, the end at 0."
+    "The record of the walk: the pairs of `ts`, each from where the last one ended, and nothing changed afterwards."
     start, seen = xT.clone(), []
-    for step in sampler(predict, xT, schedule, ts, noise=noise or normal()): seen.append((step, step.xt.clone(), step.xs.clone()))
+    for step in sampler(predict, xT, schedule, ts, noise=noise or normal()):
+        seen.append((step, step.xt.clone(), step.xs.clone()))
     steps = [step for step, _, _ in seen]
     times = [(step.t, step.s) for step in steps]
     assert times == list(pairwise(ts)), f"times walked: {times}, expected the pairs of {ts}"
@@ -191,17 +210,20 @@ def check_steps(sampler, predict, xT, schedule, ts, noise=None):
     for step, xt, xs in seen:
         close(step.xt, xt, "a state is left alone after its step", rtol=0, atol=0)
         close(step.xs, xs, "a state is left alone after its step", rtol=0, atol=0)
-        assert step.xs.dtype == xT.dtype and step.xs.shape == xT.shape, f"dtype and shape: {step.xs.dtype}, {tuple(step.xs.shape)}"
+        assert step.xs.dtype == xT.dtype, f"dtype of the state: {step.xs.dtype}, expected {xT.dtype}"
+        assert step.xs.shape == xT.shape, f"shape of the state: {tuple(step.xs.shape)}, expected {tuple(xT.shape)}"
         assert not step.xs.requires_grad, "a sampler records no gradient"
         check_pair(step.pred, step.xt, step.t, schedule)
-    for before, after in pairwise(steps): close(after.xt, before.xs, "a step starts where the last one ended", rtol=0, atol=0)
+    for before, after in pairwise(steps):
+        close(after.xt, before.xs, "a step starts where the last one ended", rtol=0, atol=0)
     close(steps[0].xt, start, "the first state is xT", rtol=0, atol=0)
     close(steps[-1].xs, steps[-1].pred.x0, "the last state is the last prediction")
 
 def check_pair(pred, xt, t, schedule):
     "x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps."
     ab = schedule.alpha_bar[t].view(-1, *[1] * (xt.ndim - 1))
-    close((ab.sqrt() * pred.x0 + (1 - ab).sqrt() * pred.eps).to(xt), xt, "the pair (x0, eps) is consistent", rtol=1e-4, atol=1e-4)
+    again = (ab.sqrt() * pred.x0 + (1 - ab).sqrt() * pred.eps).to(xt)
+    close(again, xt, "the pair (x0, eps) is consistent", rtol=1e-4, atol=1e-4)
 
 def check_clip(clip, schedule, low=-1, high=1):
     "`clip(predict, schedule)` keeps x0 in range, keeps the pair consistent, and changes nothing that was in range."
@@ -223,22 +245,24 @@ def check_batch_split(sampler, predict, schedule, *, steps, shape, n=5):
         close(some, every[list(indices)], f"samples {list(indices)} of {n}, drawn apart", rtol=1e-4, atol=1e-4)
 
 def check_noise_streams(first, per_sample, shape=(3, 16, 16)):
-    "Noise is standard normal and new: for every sample, seed and draw, and the first noise is not the noise of the steps."
+    "Noise is standard normal, and new for every sample, seed, draw and stream (first noise, noise of the steps)."
     def step_noise(seed):
         noise = per_sample(seed, 8)
         return [noise(torch.empty(8, *shape)) for _ in range(3)]
-    draws = torch.stack([first(8, shape, seed=0), *step_noise(0), first(8, shape, seed=1), *step_noise(1)]).flatten(0, 1).flatten(1).double()
-    size = draws.numel()
+    draws = torch.cat([first(8, shape, seed=0), *step_noise(0), first(8, shape, seed=1), *step_noise(1)])
+    draws = draws.flatten(1).double()
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):      # of z^power, z standard normal
-        close((draws**power).mean().item(), float(moment), f"noise is normal, moment {power}", rtol=0, atol=5 * math.sqrt(variance / size))
+        error = 5 * math.sqrt(variance / draws.numel())
+        close((draws**power).mean().item(), float(moment), f"noise is normal, moment {power}", rtol=0, atol=error)
     likeness = torch.corrcoef(draws).fill_diagonal_(0).abs().max().item()
-    assert likeness < 6 / math.sqrt(draws.shape[1]), f"no two draws of noise are alike: the largest correlation is {likeness:.2f}"
+    assert likeness < 6 / math.sqrt(draws.shape[1]), f"no two draws are alike: largest correlation {likeness:.2f}"
 
 def check_noise_per_sample(per_sample, shape=(3, 4, 4)):
     "Each sample draws from its own stream, whoever is drawn beside it and however often."
     many, few = per_sample(0, 6), per_sample(0, [4, 1])
     for _ in range(3):
-        close(few(torch.empty(2, *shape)), many(torch.empty(6, *shape))[[4, 1]], "noise depends on seed and index alone", rtol=0, atol=0)
+        got, want = few(torch.empty(2, *shape)), many(torch.empty(6, *shape))[[4, 1]]
+        close(got, want, "noise depends on seed and index alone", rtol=0, atol=0)
 
 def check_context_rows(make, schedule, n=4):
     "`make(net, schedule, context)`: row i of the context steers sample i, and one row steers them all."
@@ -247,9 +271,10 @@ def check_context_rows(make, schedule, n=4):
     with torch.no_grad():
         alone = torch.cat([make(net, schedule, context[i:i + 1])(xt[i:i + 1], t).eps for i in range(n)])
         close(make(net, schedule, context)(xt, t).eps, alone, "each sample has its own context", rtol=1e-4, atol=1e-4)
-        close(make(net, schedule, context[:1])(xt, t).eps, make(net, schedule, context[:1].repeat(n, 1))(xt, t).eps, "one row serves all")
+        repeated = make(net, schedule, context[:1].repeat(n, 1))(xt, t).eps
+        close(make(net, schedule, context[:1])(xt, t).eps, repeated, "one row serves all")
 
-# ---------------------------------------------------------------- 5. times and schedules
+# --- 5. times and schedules ------------------------------------------------------------------------------------------
 
 def check_times(ts, T, n):
     "n + 1 whole times that fall strictly from T to 0."
@@ -271,10 +296,11 @@ def check_posterior_composes(posterior, schedule, t=400, r=130, s=20):
     slope = posterior(zero, one, r, s, schedule)[0]              # how much x_s moves with x_r
     mean, var = posterior(x0, xt, t, s, schedule)
     close(posterior(x0, mean_r, r, s, schedule)[0], mean, "mean of two steps and of one", rtol=1e-10, atol=1e-12)
-    close(slope**2 * var_r + posterior(x0, xt, r, s, schedule)[1], var.expand_as(x0), "variance of two steps and of one", rtol=1e-10, atol=1e-12)
+    var_two = slope**2 * var_r + posterior(x0, xt, r, s, schedule)[1]
+    close(var_two, var.expand_as(x0), "variance of two steps and of one", rtol=1e-10, atol=1e-12)
 
 def check_posterior_by_simulation(posterior, schedule, t, s, *, n=200_000, seed=0):
-    "Noise x0 to time s and on to t, step for step in law; then regress x_s on x_t: line and scatter, to five standard errors."
+    "Noise x0 to time s and on to t, then regress x_s on x_t: line and scatter, to five standard errors."
     ab_t, ab_s = schedule.alpha_bar[t].item(), schedule.alpha_bar[s].item()
     z = torch.randn(2, n, generator=seeded(seed), dtype=torch.float64)
     x0 = 0.7
@@ -286,10 +312,10 @@ def check_posterior_by_simulation(posterior, schedule, t, s, *, n=200_000, seed=
     close((rest * (xt - xt.mean())).mean().item(), 0.0, "slope of x_s on x_t", rtol=0, atol=5 * scale * xt.std().item())
     close(rest.var().item(), var.item(), "variance of x_s given x_t", rtol=5 * math.sqrt(2 / n), atol=0)
 
-# ---------------------------------------------------------------- 6. adding noise and the loss
+# --- 6. adding noise and the loss ------------------------------------------------------------------------------------
 
 def check_add_noise(add_noise, schedule, ts=(1, 20, 100), *, n=100_000, seed=0):
-    "One jump to t has the mean and variance of t small steps x <- sqrt(1 - beta) x + sqrt(beta) z, to five standard errors of both."
+    "One jump to t has the moments of t small steps x <- sqrt(1 - beta) x + sqrt(beta) z, to five standard errors."
     g = seeded(seed)
     x0 = torch.full((n, 1), 0.8, dtype=torch.float64)
     def z(): return torch.randn(x0.shape, generator=g, dtype=x0.dtype)
@@ -298,11 +324,12 @@ def check_add_noise(add_noise, schedule, ts=(1, 20, 100), *, n=100_000, seed=0):
         x = math.sqrt(1 - beta[t]) * x + math.sqrt(beta[t]) * z()
         if t in ts:
             jump = add_noise(x0, t, z(), schedule)
-            close(jump.mean().item(), x.mean().item(), f"mean of x_{t}", rtol=0, atol=5 * (2 * x.var().item() / n) ** 0.5)
+            error = math.sqrt(2 * x.var().item() / n)
+            close(jump.mean().item(), x.mean().item(), f"mean of x_{t}", rtol=0, atol=5 * error)
             close(jump.var().item(), x.var().item(), f"variance of x_{t}", rtol=5 * math.sqrt(4 / n), atol=0)
 
 def check_per_image_times(noised, schedule, n=8):
-    "`noised(x0, t, eps, schedule)` with one time per image is each image on its own. n images of n pixels width, so that a wrong axis fits."
+    "`noised(x0, t, eps, schedule)` with a time per image is each image alone. n images n wide: a wrong axis would fit."
     x0, eps = torch.randn(2, n, 1, n, n, generator=seeded(), dtype=torch.float64)
     t = torch.linspace(1, schedule.T, n).long()
     alone = torch.cat([noised(x0[i:i + 1], int(t[i]), eps[i:i + 1], schedule) for i in range(n)])
@@ -319,7 +346,7 @@ class Recorder(torch.nn.Module):
         return self.answer(xt, t)
 
 def check_loss(loss, schedule, kind, *, seed=0, n=64):
-    "`loss(net, x0, context, schedule, generator=…)` draws a time for every image from 1 … T, then the noise, and takes the mean square."
+    "The loss draws a time from 1 … T for every image, then the noise, and takes the mean square of what is missing."
     x0 = random_images(n, (3, 8, 8))
     net = Recorder(lambda xt, t: 0.1 * xt, predicts=kind)
     value = loss(net, x0, None, schedule, generator=seeded(seed))

@@ -1,4 +1,4 @@
-"Guards for the network: determinism, conditioning of every block, sizes, errors, and the labs' network used in benchmarks."
+"Guards for the network: determinism, conditioning of every block, sizes, errors; and the benchmarks' labs network."
 import importlib.util
 import json
 from pathlib import Path
@@ -49,7 +49,8 @@ def test_an_image_does_not_depend_on_its_batch(mode):
     x[3:] *= 5                                              # neighbours of another size: a batch statistic would notice
     together = net(x, t, context)
     for i in range(6):
-        assert_close(net(x[i:i+1], t[i:i+1], context[i:i+1])[0], together[i], rtol=1e-4, atol=1e-5 * together.abs().max().item())
+        alone = net(x[i:i+1], t[i:i+1], context[i:i+1])[0]
+        assert_close(alone, together[i], rtol=1e-4, atol=1e-5 * together.abs().max().item())
 
 
 def test_construction_is_reproducible():
@@ -80,7 +81,8 @@ def test_every_parameter_is_trained_and_saved():
     net(*inputs()).square().mean().backward()
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 0, f"{name} receives no gradient"
-    assert set(dict(net.named_parameters())) == set(net.state_dict()), "all state is parameters: an EMA has no buffers to average"
+    # all state is parameters: nothing is left out of a saved model, and an EMA has no buffers to average
+    assert set(dict(net.named_parameters())) == set(net.state_dict())
 
 
 def test_untrained_network_answers_zero_and_can_leave_it():
@@ -109,7 +111,8 @@ def test_config_round_trip(config):
     assert plain == net.config == {**dict(in_channels=3, n_feat=32, n_context=5, predicts="eps"), **config}
     again = ContextUnet(**plain)
     assert again.config == net.config and again.predicts == net.predicts == plain["predicts"]
-    assert [(k, v.shape) for k, v in again.state_dict().items()] == [(k, v.shape) for k, v in net.state_dict().items()]
+    shapes = lambda n: {k: v.shape for k, v in n.state_dict().items()}
+    assert shapes(again) == shapes(net)
 
 
 # --- time and context ------------------------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ def test_condition_reaches_block(net, name, what):
     other = (x, t + 40, context) if what == "time" else (x, t, context.roll(1, dims=1))
     _, cond, changed = received(net, name, *other)
     moved = getattr(net, name)(features, cond) - output
-    assert (moved.flatten(1).norm(dim=1) > 1e-3 * output.flatten(1).norm(dim=1)).all(), "each image of the batch must move"
+    assert (moved.flatten(1).norm(dim=1) > 1e-3 * output.flatten(1).norm(dim=1)).all(), "each image must move"
     assert relative(output, changed) > 1e-3
 
 
@@ -164,6 +167,22 @@ def test_no_context_is_a_context_of_zeros(net):
     x, t, context = inputs()
     assert_close(net(x, t), net(x, t, torch.zeros(4, 5)), rtol=0, atol=0)
     assert relative(net(x, t), net(x, t, context)) > 1e-3
+
+
+def test_condition_against_the_formula(net):
+    _, t, context = inputs()
+    mlp, w = net.time_embedding, net.context_embedding.weight
+    want = nn.functional.silu(mlp(sinusoidal_embedding(t, 128)) + context @ w.T)
+    assert_close(net.condition(t, context), want)
+    assert_close(net.condition(t, None), nn.functional.silu(mlp(sinusoidal_embedding(t, 128))))
+
+
+@pytest.mark.parametrize("up,down,grow", [("up1", "down1", "grow1"), ("up2", "down2", "grow2")])
+def test_skip_connections(net, up, down, grow):
+    "An up block receives what has grown from below, and beside it what the down block of its resolution saw."
+    from_below, skipped = received(net, up, *inputs())[0].chunk(2, dim=1)
+    assert_close(skipped, received(net, down, *inputs())[-1], rtol=0, atol=0)
+    assert_close(from_below, received(net, grow, *inputs())[-1], rtol=0, atol=0)
 
 
 def test_unconditional_network():
@@ -225,7 +244,8 @@ def test_other_layouts_and_types(net):
 def test_block_shapes_lists_every_part_in_order_and_leaves_no_hook(net):
     shapes = block_shapes(net, *inputs(2, h=16, w=32))
     assert [name for name, _ in shapes] == [name for name, _ in net.named_children()]
-    assert dict(shapes)["down1"] == (2, 32, 16, 32) and dict(shapes)["middle3"] == (2, 128, 4, 8) and shapes[-1] == ("out", (2, 3, 16, 32))
+    assert dict(shapes)["down1"] == (2, 32, 16, 32) and dict(shapes)["middle3"] == (2, 128, 4, 8)
+    assert shapes[-1] == ("out", (2, 3, 16, 32))
     with pytest.raises(ValueError): block_shapes(net, torch.randn(2, 3, 10, 10), torch.tensor([1, 2]))
     assert not any(m._forward_hooks for m in net.modules())
 
@@ -234,7 +254,8 @@ def test_block_shapes_lists_every_part_in_order_and_leaves_no_hook(net):
 
 @pytest.mark.parametrize("h,w", [(10, 16), (16, 10), (1, 1), (2, 2), (6, 6), (15, 15), (0, 16), (28, 30)])
 def test_other_sizes_are_refused(net, h, w):
-    with pytest.raises(ValueError, match=rf"{h} x {w}.*multiples of 4.*[Pp]ad or crop"): net(torch.zeros(2, 3, h, w), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=rf"{h} x {w}.*multiples of 4.*[Pp]ad or crop"):
+        net(torch.zeros(2, 3, h, w), torch.tensor([1, 2]))
 
 
 X, T, C = inputs()
@@ -270,9 +291,11 @@ def test_inputs_that_do_not_fit(net, case):
 
 
 @pytest.mark.parametrize("config,error,message", [
-    (dict(in_channels=0), ValueError, "in_channels is 0.*at least 1"), (dict(n_feat=20), ValueError, "n_feat is 20.*multiple of 8"),
+    (dict(in_channels=0), ValueError, "in_channels is 0.*at least 1"),
+    (dict(n_feat=20), ValueError, "n_feat is 20.*multiple of 8"),
     (dict(n_feat=0), ValueError, "n_feat is 0"), (dict(n_context=-1), ValueError, "n_context is -1"),
-    (dict(n_feat=32.0), TypeError, "n_feat must be an int"), (dict(n_context=True), TypeError, "n_context must be an int"),
+    (dict(n_feat=32.0), TypeError, "n_feat must be an int"),
+    (dict(n_context=True), TypeError, "n_context must be an int"),
     (dict(predicts="noise"), ValueError, "'noise'.*eps, x0, v"), (dict(predicts=None), ValueError, "None.*eps, x0, v"),
 ])
 def test_constructor_arguments_that_do_not_fit(config, error, message):

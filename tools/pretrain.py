@@ -3,12 +3,12 @@
 Writes diffusion_course/pretrained/features.safetensors (the judge of toolkit/metrics) and sprites.safetensors (the diffusion model)."""
 import argparse
 import hashlib
-import subprocess
+import shutil
 from pathlib import Path
 
 import torch
 
-from diffusion_course.checkpoints import save_model
+from diffusion_course.checkpoints import resume_training, save_model, save_training
 from diffusion_course.context import one_hot, with_dropped_context
 from diffusion_course.sampling import Schedule, clipped, predictor, sample
 from diffusion_course.sprites import CLASSES, Sprites
@@ -21,12 +21,15 @@ SHIPPED = Path(__file__).parents[1] / "diffusion_course" / "pretrained"
 def sha256(images): return hashlib.sha256(images.tobytes()).hexdigest()
 
 
-def train_sprites(steps, n_images, seed):
-    "The network after its last step: the average of the weights."
+def train_sprites(steps, n_images, seed, folder):
+    "The average of the weights after the last step. An interrupted training goes on from its last checkpoint in `folder`."
     torch.manual_seed(seed)
     net, schedule, data = ContextUnet(predicts="v"), Schedule.cosine(), Sprites.draw(n_images, seed=seed)
-    loop = train(net, data, schedule, steps=steps, batch_size=64, lr=3e-3, ema=0.999, seed=seed, loss=with_dropped_context(prediction_loss, 0.1))
-    for step in progress(loop, steps): pass
+    loop = train(net, data, schedule, steps=steps, batch_size=64, lr=3e-3, ema=0.999, seed=seed, loss=with_dropped_context(prediction_loss, 0.1),
+                 resume=resume_training(folder) if folder.is_dir() else None)
+    for step in progress(loop, steps):
+        if step.step % 1000 == 0 and step.step < steps: save_training(folder, step.state(), keep=1)
+    shutil.rmtree(folder, ignore_errors=True)
     return step.ema, schedule, data
 
 
@@ -41,7 +44,7 @@ def quality(net, schedule, n_per_class=200, steps=50):
     "What the header says about the model: class accuracy and KID of DDPM samples, beside the floor of real sprites."
     from diffusion_course.metrics import class_accuracy, kid
     samples, labels = draw_samples(net, schedule, n_per_class, steps)
-    real, more = (Sprites.draw(n_per_class * len(CLASSES), seed=seed, split="heldout").all_images() for seed in (1, 2))
+    real, more = (Sprites.draw(n_per_class * len(CLASSES), seed=seed, split="heldout").batch(range(n_per_class * len(CLASSES)))[0] for seed in (1, 2))
     return dict(samples=len(samples), ddpm_steps=steps, class_accuracy=class_accuracy(samples, labels), kid=kid(samples, real), kid_floor=kid(more, real))
 
 
@@ -51,8 +54,9 @@ def main():
     parser.add_argument("--images", type=int, default=20_000, help="sprites in the training set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=SHIPPED / "sprites.safetensors")
+    parser.add_argument("--checkpoints", type=Path, default=Path("out/pretrain"), help="where an interrupted training is kept")
     args = parser.parse_args()
-    net, schedule, data = train_sprites(args.steps, args.images, args.seed)
+    net, schedule, data = train_sprites(args.steps, args.images, args.seed, args.checkpoints)
     measured = quality(net, schedule)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_model(args.out, net, dtype=torch.float16, schedule=schedule, classes=list(CLASSES), seed=args.seed, steps=args.steps,

@@ -3,48 +3,45 @@ A notebook that fails, or that shows where this repository lies on this machine,
 import argparse, json, multiprocessing, os, re, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from execnb.shell import CaptureShell
-from execnb.nbio import read_nb, write_nb
+from execnb.shell import CaptureShell, read_nb, write_nb
 from nbdev.config import get_config
 ROOT, WIDGET = Path(__file__).resolve().parents[1], 'application/vnd.jupyter.widget-view+json'
 sys.path.insert(0, str(ROOT))
 def skip(source, flags): return 'nbdev_export(' in source or re.search(rf'^#\| *(eval: *false|{flags})\b', source, re.M)
 def as_terminal(text):
     "What a terminal shows in the end: a progress bar that rewrote its line leaves the last state only"
-    if not re.search('[\r\x1b]', text): return text
     rows, row, col = [''], 0, 0
     for token in re.findall('\x1b\\[\\d*[AK]|[\r\n]|[^\r\n\x1b]+|\x1b', text):
         if token=='\n': row, col = row+1, 0; rows += ['']*(row==len(rows))
         elif token=='\r': col = 0
-        elif re.fullmatch('\x1b\\[\\d*A', token): row = max(0, row - int(token[2:-1] or 1))
-        elif re.fullmatch('\x1b\\[\\d*K', token): rows[row] = rows[row][:col] if token[2:-1] in ('','0') else ''
+        elif token[:2]=='\x1b[' and token[-1]=='A': row = max(0, row - int(token[2:-1] or 1))
+        elif token[:2]=='\x1b[' and token[-1]=='K': rows[row] = rows[row][:col] if token[2:-1] in ('','0') else ''
         else: rows[row], col = rows[row][:col].ljust(col) + token + rows[row][col+len(token):], col+len(token)
     return '\n'.join(r.rstrip() for r in rows)
 def tidy(outputs):
     "Merge neighbouring streams, collapse progress bars, replace live widgets by their still pictures"
     res = []
     for o in outputs:
-        if o['output_type']=='stream' and res and res[-1].get('name')==o['name']: res[-1]['text'] += o['text']; continue
-        if 'data' in o and o['data'].pop(WIDGET, None) is not None and not {'image/png','text/html'} & o['data'].keys(): continue
-        res.append(o)
+        widget = o.get('data', {}).pop(WIDGET, None)
+        if o['output_type']=='stream' and res and res[-1].get('name')==o['name']: res[-1]['text'] += o['text']
+        elif widget is None or {'image/png','text/html'} & o['data'].keys(): res.append(o)
     for o in res:
         if o['output_type']=='stream': o['text'] = as_terminal(''.join(o['text'])).splitlines(True)
     return [o for o in res if o['output_type']!='stream' or ''.join(o['text']).strip()]
 def shows_root(outputs):
     text = json.dumps([{**o, 'data': {k:v for k,v in o.get('data',{}).items() if not k.startswith('image/')}} for o in outputs])
-    return re.search(re.escape(str(ROOT)) + r'(?!\w)', re.sub(r'base64,[\w+/=]+', '', text))
+    return re.search(re.escape(str(ROOT)) + r'(?!\w)', re.sub(r'base64,[\w+/=]+', '', text)) # encoded bytes may spell anything
 def run(path, out, place, progress):
-    "Execute one notebook; returns None, or a text that says what went wrong where"
-    path, out, start = Path(path).resolve(), out and Path(out).resolve(), time.time()
+    "Execute one notebook; None, or a text that says what went wrong where"
+    path, out, start, end = Path(path).resolve(), out and Path(out).resolve(), time.time(), '\x1b[K\r' if sys.stderr.isatty() else '\n'
     nb, flags = read_nb(path), '|'.join(get_config(path=ROOT).tst_flags.split())
     cells = [c for c in nb.cells if c.cell_type=='code' and not skip(c.source, flags)]
     os.chdir(path.parent); shell = CaptureShell(path)
     for j, c in enumerate(cells, 1):
-        if progress: print(f'notebook {place} {path.name}: cell {j}/{len(cells)}, {time.time()-start:.0f} s', file=sys.stderr, flush=True)
-        c.outputs = []; shell.cell(c); where = f'{path.name}, cell {nb.cells.index(c)+1} (code cell {j}/{len(cells)})'
+        if progress: print(f'notebook {place} {path.name}: cell {j}/{len(cells)}, {time.time()-start:.0f} s', end=end, file=sys.stderr, flush=True)
+        c.outputs = []; shell.cell(c); where = f'{path.name}, cell {c.idx_+1} (code cell {j}/{len(cells)})'
         if shell.exc:
-            trace = next((''.join(o['traceback']) for o in c.outputs if o['output_type']=='error'), '')
-            return f'{where}: {type(shell.exc).__name__}: {shell.exc}\n{c.source}\n{trace}'
+            return '\n'.join([f'{where}: {type(shell.exc).__name__}: {shell.exc}', c.source, *(t for o in c.outputs for t in o.get('traceback', []))])
         c.outputs = tidy(c.outputs)
         if shows_root(c.outputs): return f'{where}: an output contains the path of the repository, {ROOT}\n{c.source}'
     nb.metadata.pop('widgets', None)

@@ -28,8 +28,8 @@ def main():
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     states = emerge(8, 100)
-    frames = states[::4] if len(states) % 4 == 1 else [*states[::4], states[-1]]
-    animate(frames, ncols=8, alt="Noise turns into five rows of sprites: heroes, creatures, food, spells and people in profile").save(out / "emerging.gif")
+    large = [state.repeat_interleave(4, 2).repeat_interleave(4, 3) for state in states[::4]] # viewers of GIFs blur what they enlarge
+    animate(large, ncols=8, alt="Noise turns into five rows of sprites: heroes, creatures, food, spells and people in profile").save(out / "emerging.gif")
     save_images(out / "contact_sheet.png", states[-1], ncols=8)
     print(f"{out / 'emerging.gif'}: sprites emerging from noise\n{out / 'contact_sheet.png'}: the same sprites, larger")
 
