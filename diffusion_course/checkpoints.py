@@ -199,7 +199,7 @@ def _misfits(wanted, found):
     parts = dict(missing=wanted.keys() - found.keys(), unexpected=found.keys() - wanted.keys(), shape=shapes.values())
     return "; ".join(f"{part}: {_few(names)}" for part, names in parts.items() if names)
 
-# %% ../nbs/toolkit/checkpoints.ipynb #d462bccf
+# %% ../nbs/toolkit/checkpoints.ipynb #aca5be7b
 def _step_of(path):
     "The step in a checkpoint's name; None for other files."
     match = re.fullmatch(r"step-(\d{8,})\.safetensors", path.name)
@@ -222,7 +222,7 @@ def save_training(
 
     States of later steps, from an earlier run in the same folder, are left alone, with a warning. TypeError or
     ValueError for a state that cannot be stored, OSError if writing fails. The states before it stay intact."""
-    if not isinstance(state, TrainingState):
+    if not (hasattr(state, "tensors") and hasattr(state, "settings")):
         raise TypeError(f"state is a {type(state).__name__}, expected a TrainingState, such as step.state() gives.")
     step = state.settings.get("step")
     for name, value, low in [("keep", keep, 1), ("settings['step']", step, 0)]:

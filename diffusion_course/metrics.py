@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/toolkit/metrics.ipynb #8e269223
+# %% ../nbs/toolkit/metrics.ipynb #b194b462
 class FeatureNet(nn.Module):
-    "A small classifier of sprites; what it knows just before it names the class are the features that the metrics compare."
+    "A small classifier of sprites; its last layer but one gives the features that the metrics compare."
 
     def __init__(self,
         widths: tuple = (24, 32, 48, 64),   # channels of the four convolutions; the last is the number of features
@@ -37,17 +37,17 @@ class FeatureNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:     # (n, 3, 16, 16) in [-1, 1] -> (n, n_classes) logits
         return self.head(self.body(x))
 
-    def features(self, x: Tensor) -> Tensor:    # (n, 3, 16, 16) in [-1, 1] -> (n, d): over real sprites, each has mean 0 and deviation 1
+    def features(self, x: Tensor) -> Tensor:    # (n, 3, 16, 16) in [-1, 1] -> (n, d), standardised
         return (self.body(x) - self.mean) / self.std
 
-# %% ../nbs/toolkit/metrics.ipynb #1ce9ae92
+# %% ../nbs/toolkit/metrics.ipynb #401956cf
 FEATURE_FILE = files("diffusion_course") / "pretrained" / "features.safetensors"
 
 @lru_cache(maxsize=1)
 def _feature_net():
     "The shipped network on the CPU, frozen. Every name and shape in the file must fit."
     if not FEATURE_FILE.is_file():
-        raise FileNotFoundError(f"There is no {FEATURE_FILE}. Run `python tools/train_features.py`, or install the package again.")
+        raise FileNotFoundError(f"There is no {FEATURE_FILE}. Run tools/train_features.py or install the package again.")
     with torch.random.fork_rng(devices=[]): net = FeatureNet()      # the caller's random numbers stay as they are
     net.load_state_dict(safetensors.torch.load(FEATURE_FILE.read_bytes()), strict=True)
     return net.eval().requires_grad_(False)
@@ -58,7 +58,7 @@ def feature_header() -> dict: # seed, command, sha256 of the training images, he
     size = int.from_bytes(blob[:8], "little")       # a safetensors file begins with the length of its JSON header
     return json.loads(json.loads(blob[8 : 8 + size])["__metadata__"]["about"])
 
-# %% ../nbs/toolkit/metrics.ipynb #03c06990
+# %% ../nbs/toolkit/metrics.ipynb #4d82090b
 def _checked_images(images, name="images"):
     "float32 (n, 3, 16, 16) on the CPU, clamped to [-1, 1]"
     if not isinstance(images, Tensor) or not images.is_floating_point():
@@ -72,9 +72,9 @@ def _checked_images(images, name="images"):
         raise ValueError(f"{name}: {broken} of {len(x)} images hold NaN or infinity; look at the sampler.")
     low, high = x.min().item(), x.max().item()
     if low >= 0 and high > 3:
-        raise ValueError(f"{name}: values from {low:g} to {high:g} look like [0, 255], expected [-1, 1]. Use x / 127.5 - 1.")
+        raise ValueError(f"{name}: values {low:g} ... {high:g} look like [0, 255], expected [-1, 1]: x / 127.5 - 1.")
     if low >= 0:        # not certain: a very bad generator could draw bright images only
-        warnings.warn(f"{name}: no value is below 0. Are they in [0, 1]? Expected [-1, 1]; use 2 * x - 1.", stacklevel=3)
+        warnings.warn(f"{name}: no value is below 0. Are they in [0, 1]? Expected [-1, 1]: 2 * x - 1.", stacklevel=3)
     return x.clamp(-1, 1)
 
 def _in_batches(f, x, size=1000):
@@ -83,12 +83,13 @@ def _in_batches(f, x, size=1000):
 def features(
     images: Tensor,     # float (n, 3, 16, 16) in [-1, 1]
 ) -> Tensor:            # float32 (n, 64)
-    """What the frozen network sees in each image, clamped to [-1, 1]. Over real sprites every feature has mean 0 and deviation 1.
+    """What the frozen network sees in each image. Over real sprites every feature has mean 0 and standard deviation 1.
 
-    TypeError unless it is a float tensor; ValueError for another shape, for NaN, and for values in [0, 255]."""
+    Values are clamped to [-1, 1] first. TypeError unless it is a float tensor; ValueError for another shape, for NaN, and
+    for values in [0, 255]."""
     return _in_batches(_feature_net().features, _checked_images(images))
 
-# %% ../nbs/toolkit/metrics.ipynb #1704fdfc
+# %% ../nbs/toolkit/metrics.ipynb #4c98e22c
 def class_probabilities(
     images: Tensor,     # float (n, 3, 16, 16) in [-1, 1]
 ) -> Tensor:            # float32 (n, 5), rows sum to 1, in the order of sprites.CLASSES
@@ -99,15 +100,15 @@ def class_accuracy(
     images: Tensor,     # float (n, 3, 16, 16) in [-1, 1]
     labels: Tensor,     # (n,) integers: the classes that were asked for
 ) -> float:             # 0 ... 1
-    "Share of images whose most likely class is the one that was asked for. Errors as for `features`, and for labels that do not fit."
-    labels = torch.as_tensor(labels).cpu()
+    "Share of images whose likeliest class is the one asked for. Errors as for `features`, and for labels that do not fit."
+    probabilities, labels = class_probabilities(images), torch.as_tensor(labels).cpu()
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels: got {labels.dtype}, expected class numbers. For one-hot rows use labels.argmax(1).")
-    if labels.shape != (len(images),):
-        raise ValueError(f"labels: got shape {tuple(labels.shape)} for {len(images)} images, expected ({len(images)},).")
-    probabilities = class_probabilities(images)
+    if labels.shape != (n := len(probabilities),):
+        raise ValueError(f"labels: got shape {tuple(labels.shape)} for {n} images, expected ({n},).")
     top = probabilities.shape[1] - 1
-    if labels.min() < 0 or labels.max() > top: raise ValueError(f"labels: got {labels.min()} to {labels.max()}, expected 0 to {top}.")
+    if labels.min() < 0 or labels.max() > top:
+        raise ValueError(f"labels: got {labels.min()} ... {labels.max()}, expected 0 ... {top}.")
     return (probabilities.argmax(1) == labels).float().mean().item()
 
 # %% ../nbs/toolkit/metrics.ipynb #a796dcd0
@@ -145,15 +146,16 @@ def _mean_of_others(x):
     n, itself = len(x), (x.square().mean(1) + 1) ** 3
     return (n * _kernel_means(x, x)[0] - itself) / (n - 1)
 
-# %% ../nbs/toolkit/metrics.ipynb #df3640f6
+# %% ../nbs/toolkit/metrics.ipynb #1e4d4ffb
 def kid(
     a: Tensor,      # images (m, 3, 16, 16), or their features (m, d)
     b: Tensor,      # images (n, 3, 16, 16), or their features (n, d)
 ) -> Estimate:      # (mean, standard_error)
     """Kernel distance with the cubic kernel: unbiased, over all pairs (Bińkowski et al. 2018, equation 4).
 
-    The standard error measures how KID would vary over new draws of both sets, with the features fixed. It is computed, not drawn:
-    the same images always give the same two numbers. ValueError for fewer than two images in a set; other errors as for `features`."""
+    The standard error measures how KID would vary over new draws of both sets, with the features fixed. Nothing here is
+    random: the same images always give the same two numbers. ValueError for fewer than two images in a set; other errors
+    as for `features`."""
     x, y = _checked_features(a, b)
     m, n = len(x), len(y)
     if min(m, n) < 2: raise ValueError(f"got {m} and {n} images; KID compares pairs and needs at least 2 in each set.")
@@ -161,22 +163,23 @@ def kid(
     witness_x, witness_y = _mean_of_others(x) - row, _mean_of_others(y) - column
     # KID = mean w(x) + mean w(y)
     mean = witness_x.mean() + witness_y.mean()
-    # images = 4 Var w(x) / m + 4 Var w(y) / n,  pairs = 2 (1/m + 1/n)^2 E[k~^2],  k~ = k - row mean - column mean + mean
+    # images = 4 Var w(x) / m + 4 Var w(y) / n
     images = 4 * (witness_x.var() / m + witness_y.var() / n)
+    # pairs = 2 (1/m + 1/n)^2 E[k~^2],  k~ = k - row mean - column mean + mean
     pairs = 2 * (1 / m + 1 / n) ** 2 * (square - row.square().mean() - column.square().mean() + row.mean() ** 2)
     return Estimate(mean.item(), torch.maximum(images - pairs, pairs).clamp(min=0).sqrt().item())
 
-# %% ../nbs/toolkit/metrics.ipynb #1446fa40
+# %% ../nbs/toolkit/metrics.ipynb #b9d43a03
 def frechet_distance(
     a: Tensor,      # images (m, 3, 16, 16), or their features (m, d); m > d
     b: Tensor,      # images (n, 3, 16, 16), or their features (n, d); n > d
 ) -> float:         # squared distance, at least 0 up to rounding; read it beside its floor, see below
-    """Fréchet distance between two Gaussians with the means and covariances of the sets, in float64 (Heusel et al. 2017, equation 6).
+    """Fréchet distance of Gaussians with the sets' means and covariances, in float64 (Heusel et al. 2017, equation 6).
 
-    ValueError unless there are more images than features: a covariance of fewer has no meaning. Other errors as for `features`."""
+    ValueError unless there are more images than features: a covariance of fewer says little. Other errors: see `features`."""
     x, y = _checked_features(a, b)
     if min(len(x), len(y)) <= x.shape[1]:
-        raise ValueError(f"got {len(x)} and {len(y)} images for {x.shape[1]} features; expected more images than features.")
+        raise ValueError(f"got {len(x)} and {len(y)} images for {x.shape[1]} features; expected more images.")
     cov_x, cov_y = x.T.cov(), y.T.cov()
     # tr (Sx Sy)^(1/2) = sum_i lambda_i(Sx^(1/2) Sy Sx^(1/2))^(1/2)
     values, vectors = torch.linalg.eigh(cov_x)
@@ -184,7 +187,7 @@ def frechet_distance(
     cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
     return ((x.mean(0) - y.mean(0)).square().sum() + cov_x.trace() + cov_y.trace() - 2 * cross).item()
 
-# %% ../nbs/toolkit/metrics.ipynb #661e1bd4
+# %% ../nbs/toolkit/metrics.ipynb #fccb1da2
 def coverage(
     a: Tensor,          # samples: images (m, 3, 16, 16), or their features (m, d)
     b: Tensor,          # real ones: images (n, 3, 16, 16), or their features (n, d); n > k
@@ -193,7 +196,7 @@ def coverage(
     """Share of real images with a sample in their neighbourhood (Naeem et al. 2020, section 3).
 
     A perfect generator with as many samples as there are real images has about 1 - 2^-k. A sample on the edge counts as
-    inside, which matters where the same image occurs several times. ValueError unless 1 <= k < n; other errors as for `features`."""
+    inside, which matters where an image occurs several times. ValueError unless 1 <= k < n; other errors: see `features`."""
     x, y = _checked_features(a, b)
     if not 1 <= k < len(y): raise ValueError(f"k is {k} for {len(y)} real images; expected 1 <= k < {len(y)}.")
     inside = 0
@@ -205,7 +208,7 @@ def coverage(
 def _distances(x, y):
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")    # exact: equal images have distance 0
 
-# %% ../nbs/toolkit/metrics.ipynb #bbbdd1b8
+# %% ../nbs/toolkit/metrics.ipynb #62092258
 class Nearest(NamedTuple):
     index: Tensor       # (n,) int64: which image of the reference
     distance: Tensor    # (n,) float32: root mean square per pixel and colour, 0 ... 2
@@ -215,10 +218,12 @@ def nearest(
     reference: Tensor,      # float (m, 3, 16, 16) in [-1, 1], usually the training set
     batch: int = 500,       # images looked up at once; memory grows with batch x batch only
 ) -> Nearest:
-    "The most similar image of the reference for each image, in pixels. The first one if there are several. Errors as for `features`."
+    "For each image the most similar one of the reference, in pixels; the first of several. Errors as for `features`."
     x, y = _checked_images(images).flatten(1), _checked_images(reference, "reference").flatten(1)
     index = torch.cat([_nearest_index(part.double(), y, 4 * batch) for part in x.split(batch)])
-    return Nearest(index, torch.cat([(p - y[i]).square().mean(1).sqrt() for p, i in zip(x.split(batch), index.split(batch))]))
+    # the distance is computed anew from the two images, so that a copy has distance 0 exactly
+    far = [(part - y[i]).square().mean(1).sqrt() for part, i in zip(x.split(batch), index.split(batch))]
+    return Nearest(index, torch.cat(far))
 
 def _nearest_index(x, y, batch):
     "Indices into y, chunk by chunk; |x - y|^2 = |x|^2 - 2 x.y + |y|^2, where |x|^2 is the same for all y and left out"
@@ -230,7 +235,7 @@ def _nearest_index(x, y, batch):
         best[closer], index[closer] = smallest[closer], start + i[closer]
     return index
 
-# %% ../nbs/toolkit/metrics.ipynb #f4a6c115
+# %% ../nbs/toolkit/metrics.ipynb #fa41ec90
 def report(
     images: Tensor,                 # samples, float (m, 3, 16, 16) in [-1, 1]
     reference: Tensor,              # real images that the model has not seen, float (n, 3, 16, 16) in [-1, 1]
@@ -238,8 +243,8 @@ def report(
     labels: Tensor | None = None,   # the classes that were asked for
     training: Tensor | None = None, # what the model was trained on
 ) -> dict:                          # plain numbers
-    """All numbers of this notebook about a set of samples: n, kid, kid_se, frechet, coverage; with labels also class_accuracy,
-    with training also nearest, the median distance. Compare them with those of real images in place of the samples."""
+    """All numbers about a set of samples: n, kid, kid_se, frechet, coverage; with labels also class_accuracy; with
+    training also nearest, the median distance. Compare them with those of real images in place of the samples."""
     a, b = features(images), features(reference)
     mean, standard_error = kid(a, b)
     row = dict(n=len(a), kid=mean, kid_se=standard_error, frechet=frechet_distance(a, b), coverage=coverage(a, b))

@@ -68,7 +68,7 @@ def stamp(
         canvas[min(r, 15), col : col + len(line)] = [_LETTERS.index(c) for c in line]
     return canvas
 
-# %% ../nbs/toolkit/sprites.ipynb #a220b4d8
+# %% ../nbs/toolkit/sprites.ipynb #5ed15d8e
 def flipped(template: str) -> str:
     "The mirror image of a template"
     return "\n".join(line[::-1] for line in template.split())
@@ -86,7 +86,7 @@ def sheet(text: str):
     for band in text.strip().split("\n\n"):
         names, *rows = [line.split() for line in band.splitlines()]
         if wrong := [r for r in rows if len(r) != len(names)]:
-            raise ValueError(f"row {wrong[0]} has {len(wrong[0])} columns, expected one for each of {names}; fill it with dots")
+            raise ValueError(f"row {wrong[0]} has {len(wrong[0])} columns, expected {len(names)}; fill up with dots")
         templates |= {name: "\n".join(column) for name, *column in zip(names, *rows)}
     return namedtuple("Sheet", templates)(**templates)
 
@@ -773,11 +773,13 @@ def draw_recipe(
     "Some sprites of one recipe, to look at while you draw"
     return compose(recipe, _stream(seed, np.arange(n, dtype=_u64), 1))
 
-# %% ../nbs/toolkit/sprites.ipynb #64589399
+# %% ../nbs/toolkit/sprites.ipynb #1e5e8c43
 def is_heldout(
     images,  # uint8 (n, h, w, 3)
 ):  # bool (n,)
     "One image in ten, by a hash of how often each colour occurs: a moved or mirrored copy is always on the same side"
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images are {images.dtype} {images.shape}, expected uint8 (n, h, w, 3); convert them first")
     sums = [np.zeros(0, dtype=_u64)]
     for start in range(0, len(images), 1024):
         r, g, b = np.moveaxis(np.asarray(images[start : start + 1024]).astype(_u64), -1, 0)
@@ -785,11 +787,11 @@ def is_heldout(
         sums.append(_mix(colour + _u64(1)).sum((1, 2), dtype=_u64))
     return _mix(np.concatenate(sums)) % _u64(10) == 0
 
-# %% ../nbs/toolkit/sprites.ipynb #ca6856d0
+# %% ../nbs/toolkit/sprites.ipynb #a18a17d3
 def _check_int(name, value, low, high):
     "`value` as a Python int with low <= value < high, or a ValueError"
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value < high:
-        raise ValueError(f"{name} is {value!r}, expected an integer from {low} to {high - 1}; pass e.g. {name}={max(low, 1)}")
+        raise ValueError(f"{name} is {value!r}, expected an integer from {low} to {high - 1}; try {name}={max(low, 1)}")
     return int(value)
 
 
@@ -834,7 +836,7 @@ def draw_sprites(
         todo = todo[is_heldout(images[todo]) != (split == "heldout")]
     return images, labels
 
-# %% ../nbs/toolkit/sprites.ipynb #2580ceb9
+# %% ../nbs/toolkit/sprites.ipynb #3c2db565
 def _open_npy(path, what):
     "A .npy file, memory-mapped and read-only, or an error that says what the file is instead"
     path = Path(path)
@@ -845,9 +847,9 @@ def _open_npy(path, what):
     size = f"{path.stat().st_size:,} bytes"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         raise ValueError(f"{path} ({size}) is an HTML page saved under the name of an array, expected a .npy file "
-                         f"for the {what}; many copies on the web are such pages of about 11 KB: download the raw file again")
+                         f"for the {what}; many copies on the web are 11 KB pages like that: download the raw file again")
     if not head.startswith(b"\x93NUMPY"):
-        raise ValueError(f"{path} ({size}) begins with {head[:8]!r}, expected a .npy file; save the {what} with numpy.save")
+        raise ValueError(f"{path} ({size}) begins with {head[:8]!r}, expected a .npy file; use numpy.save for the {what}")
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as e:
@@ -857,11 +859,11 @@ def _open_npy(path, what):
         raise ValueError(f"{path} ({size}) is incomplete or damaged ({e}), expected a whole .npy file; "
                          "download it again") from e
 
-# %% ../nbs/toolkit/sprites.ipynb #982ea50a
+# %% ../nbs/toolkit/sprites.ipynb #e61af72d
 def _check_images(images, path):
     "TypeError unless uint8, ValueError unless (n, 16, 16, 3)"
     if images.dtype != np.uint8:
-        raise TypeError(f"the images in {path} are {images.dtype}, expected uint8 from 0 to 255; convert and save again")
+        raise TypeError(f"the images in {path} are {images.dtype}, expected uint8 in 0..255; convert and save again")
     if images.ndim != 4 or images.shape[1:] != (16, 16, 3) or not len(images):
         raise ValueError(f"the images in {path} have the shape {images.shape}, expected (n, 16, 16, 3) with n > 0; "
                          "reshape them, or save them as PNG files and use Sprites.from_folder")
@@ -872,7 +874,7 @@ def _check_one_hot(rows, path, n_images, n_classes):
     if rows.dtype.kind not in "biuf":
         raise TypeError(f"the labels in {path} are {rows.dtype}, expected numbers: one-hot rows of 0 and 1")
     if rows.ndim != 2 or rows.shape[1] != n_classes:
-        raise ValueError(f"the labels in {path} have the shape {rows.shape}, expected one-hot rows of length {n_classes}; "
+        raise ValueError(f"the labels in {path} have the shape {rows.shape}, expected one-hot rows (n, {n_classes}); "
                          "turn class numbers k into rows with numpy.eye(n_classes)[k], or pass class_names")
     if len(rows) != n_images:
         raise ValueError(f"{path} holds {len(rows)} labels, expected {n_images}, one for each image; "
@@ -890,7 +892,7 @@ def _heldout_rows(images, labels, period=894):
         return np.arange(n) % period % 10 == 9
     return is_heldout(images)
 
-# %% ../nbs/toolkit/sprites.ipynb #317baabb
+# %% ../nbs/toolkit/sprites.ipynb #d43f983c
 def _png_files(folder):
     "The PNG files of a folder, sorted by name"
     visible = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file()]
@@ -911,7 +913,7 @@ def _find_classes(path):
     classes = {f.name: _png_files(f) for f in folders} or {path.resolve().name: loose}
     for name, files in classes.items():
         if not files:
-            raise FileNotFoundError(f"no PNG images in {path / name if folders else path}, expected one or more in each "
+            raise FileNotFoundError(f"no PNG images in {path / name if folders else path}, expected some in each "
                                     "class; add images, or remove the folder")
     return classes
 
@@ -929,11 +931,12 @@ def _read_image(path, size):
     how = Image.Resampling.BOX if side > size else Image.Resampling.NEAREST
     return np.asarray(paper.convert("RGB").resize((size, size), how))
 
-# %% ../nbs/toolkit/sprites.ipynb #06496f4d
+# %% ../nbs/toolkit/sprites.ipynb #713a2f20
 class Sprites(torch.utils.data.Dataset):
     """Images with their classes. Item i is (x0, context): float32 (3, h, w) in [-1, 1] and float32 (k,), one-hot.
 
-    Made by `Sprites.draw`, `Sprites.from_npy` or `Sprites.from_folder`. `labels` is int64 (n,), `class_names` has k names.
+    Made by `Sprites.draw`, `Sprites.from_npy` or `Sprites.from_folder`. `labels`: int64 (n,); `class_names`: k names.
+    Raises ValueError for labels of another length and for labels without a name.
     """
 
     def __init__(
@@ -943,9 +946,13 @@ class Sprites(torch.utils.data.Dataset):
         class_names=CLASSES,  # k names
         rows=None,  # int (n,): which of the N images belong to the set, in order; None: all of them
     ):
+        labels = np.asarray(labels, dtype=np.int64)
+        if labels.shape != (len(images),) or (len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names)):
+            raise ValueError(f"labels of shape {labels.shape} for {len(images)} images and {len(class_names)} classes; "
+                             "expected one position in class_names for each image")
         self._images = images
         self._rows = np.arange(len(images)) if rows is None else np.asarray(rows)
-        self.labels = np.asarray(labels, dtype=np.int64)[self._rows]
+        self.labels = labels[self._rows]
         self.class_names = tuple(class_names)
 
     @cached_property
@@ -963,7 +970,7 @@ class Sprites(torch.utils.data.Dataset):
         "Several items at once, as two tensors; IndexError beyond the end, TypeError for indices that are not integers"
         indices = np.asarray(indices).reshape(-1)
         if len(indices) and indices.dtype.kind not in "iu":
-            raise TypeError(f"the indices are {indices.dtype}, expected integers; numpy.flatnonzero turns a mask into indices")
+            raise TypeError(f"the indices are {indices.dtype}, expected integers; for a mask use numpy.flatnonzero")
         indices = indices.astype(np.int64)
         pixels = torch.from_numpy(np.array(self._images[self._rows[indices]]))
         x0 = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 127.5 - 1
@@ -1025,6 +1032,6 @@ class Sprites(torch.utils.data.Dataset):
             return cls(images, labels, class_names)
         rows = np.flatnonzero(find_heldout(images, labels) == (split == "heldout"))
         if not len(rows):
-            raise ValueError(f"none of the {len(images)} images is in the split {split!r}, expected about a tenth of them "
-                             'to be held out; pass split="all", or add images')
+            raise ValueError(f"none of the {len(images)} images is in the split {split!r}, expected a tenth to be "
+                             'held out; pass split="all", or add images')
         return cls(images, labels, class_names, rows)
