@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import ClearOutputPreprocessor
 
 ROOT = Path(__file__).parents[1]
 
@@ -13,7 +14,7 @@ def from_nbs(match): # links in the notebook are relative to nbs/, in the README
 
 def readme(nb=ROOT / "nbs" / "index.ipynb"):
     "The text of README.md."
-    text, _ = MarkdownExporter().from_filename(str(nb))
+    text, _ = MarkdownExporter(preprocessors=[ClearOutputPreprocessor(enabled=True)]).from_filename(str(nb))
     text = re.sub(r"^#\|.*\n", "", text, flags=re.M)
     text = re.sub(r'(\]\()(?!https?://|#)([^)\s]+)(\))', from_nbs, text)
     text = re.sub(r'((?:src|href)=")(?!https?://|#|data:)([^"]+)(")', from_nbs, text)
