@@ -7,11 +7,12 @@ __all__ = ['PREDICTIONS', 'Schedule', 'at', 'Prediction', 'signal_and_noise', 'p
            'prediction_from_v', 'predictor', 'clipped', 'posterior', 'Step', 'visited', 'ddpm', 'initial_noise',
            'per_sample_noise', 'ideal_predictor', 'sample']
 
-# %% ../nbs/L1_Sampling.ipynb #1911f742
+# %% ../nbs/L1_Sampling.ipynb #71f7788b
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import index
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# %% ../nbs/L1_Sampling.ipynb #d7d898c9
+# %% ../nbs/L1_Sampling.ipynb #fa6b6a7c
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """How much of the image is left at each time t = 0 … T: `alpha_bar[t]` is the share of the signal in the variance of x_t.
@@ -29,7 +30,7 @@ class Schedule:
     alpha_bar: Tensor # float64 (T+1,), kept on the CPU; a list or an array will do
 
     def __post_init__(self):
-        alpha_bar = torch.as_tensor(self.alpha_bar, dtype=torch.float64, device="cpu")
+        alpha_bar = torch.as_tensor(self.alpha_bar, dtype=torch.float64, device="cpu").clone()
         if alpha_bar.ndim != 1 or len(alpha_bar) < 2:
             raise ValueError(f"alpha_bar has shape {tuple(alpha_bar.shape)}: expected (T+1,) with T at least 1")
         if alpha_bar[0] != 1: raise ValueError(f"alpha_bar[0] is {alpha_bar[0]:.6g}: time 0 is clean data, so it must be 1")
@@ -123,7 +124,7 @@ def timesteps(
     else: raise ValueError(f'spacing={spacing!r}: expected "trailing" or "quadratic"')
     return rising[::-1]
 
-# %% ../nbs/L1_Sampling.ipynb #81b4a9bc
+# %% ../nbs/L1_Sampling.ipynb #8a736cfb
 def at(
     values: Tensor, # (T+1,), one value per time
     t: int | Tensor, # a time, or int (n,): one time per image
@@ -135,7 +136,7 @@ def at(
     if isinstance(t, Tensor):
         if t.is_floating_point() or t.dtype == torch.bool: raise TypeError(f"times have dtype {t.dtype}: expected integers {first} … {T}")
         if t.ndim and t.shape != like.shape[:1]: raise ValueError(f"times have shape {tuple(t.shape)}: expected ({len(like)},), one per image")
-        t = t.cpu()
+        t = t.cpu().long() # a uint8 index would be taken for a mask
         low, high = int(t.min()), int(t.max())
     elif isinstance(t, (int, np.integer)) and not isinstance(t, bool): low = high = t
     else: raise TypeError(f"time {t!r} is a {type(t).__name__}: expected an int {first} … {T} or a tensor of them")
@@ -144,7 +145,11 @@ def at(
     return value.view(-1, *[1] * (like.ndim - 1)) if value.ndim else value
 
 def _cast(coefficient, like): # coefficients are computed in float64 and cast last, dtype first: some devices have no float64
+    if not like.is_floating_point(): raise TypeError(f"images have dtype {like.dtype}: expected floats in [-1, 1]; for bytes use x / 127.5 - 1")
     return coefficient.to(like.dtype).to(like.device)
+
+def _check_shape(name, x, shape): # broadcasting would hide the mistake
+    if x.shape != shape: raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {tuple(shape)}")
 
 # %% ../nbs/L1_Sampling.ipynb #5f4c2a81
 class Prediction(NamedTuple):
@@ -182,7 +187,7 @@ def prediction_from_v(v, xt, t, schedule) -> Prediction:
 
 PREDICTIONS = {"eps": prediction_from_eps, "x0": prediction_from_x0, "v": prediction_from_v}
 
-# %% ../nbs/L1_Sampling.ipynb #d81be212
+# %% ../nbs/L1_Sampling.ipynb #e21d8e19
 def predictor(
     net: nn.Module, # called as net(xt, t) or net(xt, t, context)
     schedule: Schedule,
@@ -196,6 +201,7 @@ def predictor(
     def predict(xt, t):
         times = torch.as_tensor(t, device=xt.device).expand(len(xt))
         output = net(xt, times) if context is None else net(xt, times, _rows(context, xt))
+        _check_shape("the network's answer", output, xt.shape)
         return PREDICTIONS[kind](output, xt, t, schedule)
     return predict
 
@@ -213,7 +219,7 @@ def clipped(
     "`predict` with x0 held inside the range of images, and eps derived again so that the pair stays consistent."
     return lambda xt, t: prediction_from_x0(predict(xt, t).x0.clamp(low, high), xt, t, schedule)
 
-# %% ../nbs/L1_Sampling.ipynb #c5010e98
+# %% ../nbs/L1_Sampling.ipynb #e68e5252
 def posterior(
     x0: Tensor, # (n, …) clean images, or a prediction of them
     xt: Tensor, # (n, …) noisy images at time t
@@ -222,6 +228,7 @@ def posterior(
     schedule: Schedule,
 ) -> tuple[Tensor, Tensor]: # mean (n, …) and variance, () or (n, 1, …)
     "Mean and variance of q(x_s | x_t, x_0) for any s < t: DDPM, equations 6 and 7, with t - 1 replaced by s. Raises ValueError unless s < t."
+    _check_shape("x0", x0, xt.shape)
     if not torch.as_tensor(s < t).all(): raise ValueError(f"s={s}, t={t}: the posterior goes back in time, so s must be below t")
     ab_t, ab_s = at(schedule.alpha_bar, t, xt), at(schedule.alpha_bar, s, xt)
     # alpha_{t|s} = alpha_bar_t / alpha_bar_s: the share of the signal that is kept from s to t
@@ -231,7 +238,7 @@ def posterior(
     # variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) · (1 - alpha_{t|s})
     return mean, _cast((1 - ab_s) / (1 - ab_t) * (1 - alpha_ts), xt)
 
-# %% ../nbs/L1_Sampling.ipynb #3566ad26
+# %% ../nbs/L1_Sampling.ipynb #c648609d
 class Step(NamedTuple):
     "One step of a sampler, from time t to the earlier time s."
     i: int # number of the step, from 0
@@ -245,8 +252,8 @@ def visited(
     schedule: Schedule,
     ts: Sequence[int] | None = None, # strictly falling times that end at 0; by default T, T-1, …, 0
 ) -> list[int]:
-    "The times that a sampler walks. Raises ValueError unless they fall strictly, start at T or later and end at 0."
-    ts = list(range(schedule.T, -1, -1)) if ts is None else [int(t) for t in ts]
+    "The times that a sampler walks. Raises ValueError unless they fall strictly from at most T to 0, TypeError for times that are not whole."
+    ts = list(range(schedule.T, -1, -1)) if ts is None else [index(t) for t in ts]
     if len(ts) < 2 or ts[-1] != 0 or ts[0] > schedule.T or any(s >= t for t, s in pairwise(ts)):
         raise ValueError(f"times {ts if len(ts) < 9 else [*ts[:4], '…', *ts[-3:]]}: expected times that fall strictly from at most "
                          f"T={schedule.T} to 0; schedule.timesteps(n) gives such a list")
@@ -271,10 +278,10 @@ def ddpm(
         yield Step(i, t, s, xt, xs, pred)
         xt = xs
 
-# %% ../nbs/L1_Sampling.ipynb #dbaf7798
+# %% ../nbs/L1_Sampling.ipynb #a94a6985
 def _generators(seed, n, stream): # one generator per sample; `stream` keeps the first noise apart from the noise of the steps
     if type(seed) is not int or seed < 0: raise ValueError(f"seed={seed!r}: expected a whole number, 0 or more")
-    indices = list(range(n)) if isinstance(n, int) else [int(i) for i in n]
+    indices = list(range(n)) if isinstance(n, (int, np.integer)) else [index(i) for i in n]
     if not indices: raise ValueError(f"n={n!r}: expected at least one sample")
     return [np.random.default_rng([seed, stream, i]) for i in indices]
 
@@ -299,10 +306,10 @@ def per_sample_noise(
     generators = _generators(seed, n, stream=1)
     def noise(xt):
         if len(xt) != len(generators): raise ValueError(f"noise was asked for {len(xt)} samples and made for {len(generators)}")
-        return _normal(generators, xt.shape[1:], xt.device)
+        return _normal(generators, xt.shape[1:], xt.device).to(xt.dtype)
     return noise
 
-# %% ../nbs/L1_Sampling.ipynb #0c66ad38
+# %% ../nbs/L1_Sampling.ipynb #f069efee
 def ideal_predictor(
     images: Tensor, # (m, …) the whole data set
     schedule: Schedule,
@@ -310,12 +317,13 @@ def ideal_predictor(
     """The best prediction that exists when the data are exactly `images`: x0 is their mean, weighted by how likely each is to
     have become x_t. No network can beat it, so lessons and tests measure samplers with it (EDM, 2206.00364, appendix B.3)."""
     def predict(xt, t):
-        data = images.to(xt)
+        _check_shape("images", images, images.shape[:1] + xt.shape[1:])
+        data = images.to(xt).flatten(1).double()
         signal, noise = signal_and_noise(t, xt, schedule, first=1)
-        # log w_i = -|x_t - sqrt(alpha_bar_t) x_i|² / (2 (1 - alpha_bar_t)) + constant
-        distance = torch.cdist((xt / signal).flatten(1).double(), data.flatten(1).double()) * (signal / noise).reshape(-1, 1)
-        weights = (-distance**2 / 2).softmax(dim=1)
-        return prediction_from_x0((weights @ data.flatten(1).double()).view_as(xt).to(xt), xt, t, schedule)
+        # log w_i = -|x_t / sqrt(alpha_bar_t) - x_i|² / (2 sigma_t²) + constant
+        distance = torch.cdist((xt / signal).flatten(1).double(), data)
+        weights = (-(distance * (signal / noise).view(-1, 1).double()) ** 2 / 2).softmax(dim=1)
+        return prediction_from_x0((weights @ data).view_as(xt).to(xt), xt, t, schedule)
     return predict
 
 # %% ../nbs/L1_Sampling.ipynb #df31df39

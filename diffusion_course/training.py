@@ -36,7 +36,7 @@ def add_noise(
     # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
     return signal * x0 + noise * eps
 
-# %% ../nbs/L2_Training.ipynb #16df61a6
+# %% ../nbs/L2_Training.ipynb #4f8c8a8c
 def prediction_target(
     kind: str, # "eps", "x0" or "v"
     x0: Tensor, # (n, …) clean images
@@ -67,6 +67,7 @@ def prediction_loss(
     eps = torch.randn(x0.shape, generator=generator).to(x0)
     xt = add_noise(x0, t, eps, schedule)
     output = net(xt, t) if context is None else net(xt, t, context)
+    if output.shape != x0.shape: raise ValueError(f"the network's answer has shape {tuple(output.shape)}: expected {tuple(x0.shape)}")
     return F.mse_loss(output.float(), prediction_target(kind, x0, eps, t, schedule))
 
 def noise_prediction_loss(net, x0, context, schedule, *, generator=None) -> Tensor: # scalar
