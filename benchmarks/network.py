@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from diffusion_course.unet import ContextUnet
 from labs_unet import LabsUnet
+from machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "network.md"
 LABS, REPAIRED, OURS = "labs", "labs, repaired", "ours"
@@ -74,7 +75,7 @@ def report(rows, rounds) -> str:
     lines = ["# Our network beside the labs'", "",
              f"Float32, images 3x16x16, median of {rounds} rounds (a third of that for training), "
              "the three networks timed in turns; forward passes in eval mode under no_grad.",
-             f"torch {torch.__version__}, CPU capability {torch.backends.cpu.get_cpu_capability()}. Repeat with: "
+             f"{machine()}. Repeat with: "
              f"`python benchmarks/network.py --rounds {rounds}`", "",
              "Absolute times change from machine to machine; the ratio is what counts.", "",
              f"| what | threads | labs ({size[LABS]:,} parameters) | labs, repaired ({size[REPAIRED]:,}) "

@@ -27,6 +27,7 @@ from diffusion_course.sprites import Sprites
 from diffusion_course.training import noise_prediction_loss, prediction_loss, shuffled_batches, train
 from diffusion_course.unet import ContextUnet
 from labs_unet import LabsUnet
+from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 DROPPED = 0.1
@@ -89,7 +90,7 @@ def ours(data, budgets, n):
 
 def report(rows, base, args):
     lines = ["# Training: quality over seconds", "",
-             f"{args.images:,} drawn sprites, {torch.get_num_threads()} thread(s), torch {torch.__version__}, CPU capability {torch.backends.cpu.get_cpu_capability()}. "
+             f"{machine()}; {torch.get_num_threads()} thread(s). {args.images:,} drawn sprites. "
              f"KID (lower is better) and class accuracy of {args.samples} samples (DDPM, 50 steps, x0 clipped) against held-out sprites; "
              f"real against real: {base[0]:.4f} ± {base[1]:.4f}. Repeat with:", "",
              f"    OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/training.py --images {args.images} --samples {args.samples} "
