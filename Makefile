@@ -46,8 +46,16 @@ readme: $(ready) ## README.md from nbs/index.ipynb
 pretrained: $(ready) ## train the shipped models again (under an hour on two cores)
 	$(py) tools/pretrain.py
 
-benchmarks: $(ready) ## measure again what the benchmark tables say
+peers := build/peers/.ready
+$(peers): benchmarks/peers.txt $(ready)
+	@$(py) -m pip install -q --no-deps --upgrade --target build/peers -r benchmarks/peers.txt
+	@touch $@
+
+benchmarks: $(ready) $(peers) ## measure again what the benchmark tables say (a few hours)
 	$(py) benchmarks/network.py
+	OMP_NUM_THREADS=1 $(py) benchmarks/training.py
+	OMP_NUM_THREADS=1 $(py) benchmarks/sampling.py
+	$(py) tools/run_lessons.py nbs/guides/benchmarks.ipynb
 
 dist: $(ready) ## sdist and wheel into dist/
 	$(py) -m pip wheel -q --no-deps -w dist .
