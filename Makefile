@@ -36,7 +36,7 @@ lab: $(ready) ## open the lessons in Jupyter
 
 lessons: $(ready) ## export, run all notebooks in place, clean them, rebuild README.md
 	$(bin)/nbdev_export
-	$(py) tools/run_lessons.py --progress $(wildcard nbs/toolkit/*.ipynb) $(lessons) nbs/index.ipynb
+	$(py) tools/run_lessons.py --progress $(wildcard nbs/toolkit/*.ipynb) $(lessons) $(wildcard nbs/guides/*.ipynb) nbs/index.ipynb
 	$(bin)/nbdev_clean
 	$(MAKE) readme
 
