@@ -22,14 +22,14 @@ import peers
 from machine import machine
 from diffusion_course.checkpoints import pretrained
 from diffusion_course.context import one_hot
-from diffusion_course.fast_sampling import ddim, dpmpp_2m, heun, ipndm
+from diffusion_course.fast_sampling import ddim, dpmpp_2m, heun
 from diffusion_course.metrics import class_accuracy, kid
 from diffusion_course.plots import quality_curve
 from diffusion_course.sampling import clipped, ddpm, initial_noise, predictor, sample
 from diffusion_course.sprites import Sprites
 
 RESULTS = Path(__file__).parent / "results"
-SAMPLERS = {"DDPM": ddpm, "DDIM": ddim, "DDIM, eta 0.5": partial(ddim, eta=0.5), "DPM-Solver++(2M)": dpmpp_2m, "iPNDM": ipndm}
+SAMPLERS = {"DDPM": ddpm, "DDIM": ddim, "DDIM, eta 0.5": partial(ddim, eta=0.5), "DPM-Solver++(2M)": dpmpp_2m}
 CALLS = (5, 10, 20, 50)
 MEMORY = """
 from diffusion_course.checkpoints import pretrained
