@@ -6,9 +6,9 @@
 __all__ = ['CLASSES', 'COLOURS', 'RAMPS', 'PALETTE', 'NONE', 'faces', 'hats', 'weapons', 'shields', 'CLOTH', 'HAIR', 'SKIN',
            'METAL', 'HEROES', 'monsters', 'eyes', 'mouths', 'toppers', 'grounds', 'tails', 'BRIGHT', 'MONSTERS',
            'round_food', 'other_food', 'toppings', 'plates', 'LEAF', 'FOODS', 'round_magic', 'other_magic', 'runes',
-           'bubbles', 'sparks', 'MAGIC', 'FIRE', 'SPELLS', 'profiles', 'side_hats', 'WALKERS', 'RECIPES', 'stamp',
-           'flipped', 'folded', 'sheet', 'folded_sheet', 'Recipe', 'layer', 'recipe', 'creature', 'food', 'spell',
-           'compose', 'draw_recipe', 'is_heldout', 'draw_sprites', 'Sprites']
+           'bubbles', 'sparks', 'MAGIC', 'FIRE', 'SPELLS', 'profiles', 'side_hats', 'WALKERS', 'RECIPES',
+           'IMAGE_SUFFIXES', 'stamp', 'flipped', 'folded', 'sheet', 'folded_sheet', 'Recipe', 'layer', 'recipe',
+           'creature', 'food', 'spell', 'compose', 'draw_recipe', 'is_heldout', 'draw_sprites', 'Sprites']
 
 # %% ../nbs/toolkit/sprites.ipynb #bf4f7b73
 from collections import namedtuple
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 # %% ../nbs/toolkit/sprites.ipynb #fad261f3
 CLASSES = ("hero", "non-hero", "food", "spell", "side-facing")  # the order of the context vector
@@ -775,14 +775,15 @@ def draw_recipe(
 
 # %% ../nbs/toolkit/sprites.ipynb #1e5e8c43
 def is_heldout(
-    images,  # uint8 (n, h, w, 3)
+    images,  # uint8 (n, h, w, c), c is 3, or 1 for grey
 ):  # bool (n,)
     "One image in ten, by a hash of how often each colour occurs: a moved or mirrored copy is always on the same side"
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images are {images.dtype} {images.shape}, expected uint8 (n, h, w, 3); convert them first")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(f"images are {images.dtype} {images.shape}, expected uint8 (n, h, w, 3) or (n, h, w, 1); convert them first")
     sums = [np.zeros(0, dtype=_u64)]
     for start in range(0, len(images), 1024):
-        r, g, b = np.moveaxis(np.asarray(images[start : start + 1024]).astype(_u64), -1, 0)
+        part = np.asarray(images[start : start + 1024]).astype(_u64)
+        r, g, b = np.moveaxis(np.broadcast_to(part, (*part.shape[:3], 3)), -1, 0)  # grey is red = green = blue
         colour = (r << _u64(16)) | (g << _u64(8)) | b
         sums.append(_mix(colour + _u64(1)).sum((1, 2), dtype=_u64))
     return _mix(np.concatenate(sums)) % _u64(10) == 0
@@ -893,71 +894,81 @@ def _heldout_rows(images, labels, period=894):
     return is_heldout(images)
 
 # %% ../nbs/toolkit/sprites.ipynb #d43f983c
-def _png_files(folder):
-    "The PNG files of a folder, sorted by name"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+
+
+def _image_files(folder):
+    "The images of a folder, sorted by name"
     visible = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file()]
-    return sorted(p for p in visible if p.suffix.lower() == ".png")
+    return sorted(p for p in visible if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _find_classes(path):
-    "{class name: its files}, or an error where there is nothing to load or where files and sub-folders are mixed"
+    "{class name: its files}, or {None: all files} without sub-folders; an error for an empty folder or a mixture"
     if not path.exists():
-        raise FileNotFoundError(f"no folder {path}, expected one with PNG images; check the name")
+        raise FileNotFoundError(f"no folder {path}, expected one with images; check the name")
     if not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file, expected a folder of PNG images; pass the folder that holds it")
+        raise NotADirectoryError(f"{path} is a file, expected a folder of images; pass the folder that holds it")
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    loose = _png_files(path)
+    loose = _image_files(path)
     if folders and loose:
         raise ValueError(f"{path} holds images ({loose[0].name}, ...) beside sub-folders ({folders[0].name}, ...), "
                          "expected only one of the two; move the images into sub-folders, one for each class")
-    classes = {f.name: _png_files(f) for f in folders} or {path.resolve().name: loose}
+    classes = {f.name: _image_files(f) for f in folders} or {None: loose}
     for name, files in classes.items():
         if not files:
-            raise FileNotFoundError(f"no PNG images in {path / name if folders else path}, expected some in each "
-                                    "class; add images, or remove the folder")
+            raise FileNotFoundError(f"no images in {path / (name or '')}, expected some in each class (files ending in "
+                                    f"{', '.join(IMAGE_SUFFIXES)}); add images, or remove the folder")
     return classes
 
 
-def _read_image(path, size):
-    "An image file as uint8 (size, size, 3) on white; OSError where it cannot be read"
+def _read_image(path, size, channels):
+    "An image file as uint8 (size, size, channels) on white; OSError where it cannot be read"
     try:
         with Image.open(path) as file:
-            image = file.convert("RGBA")
+            image = ImageOps.exif_transpose(file)  # a camera writes down how it was held: turn the picture upright
+            if image.mode.startswith("I"):  # 16 bits: Pillow would clip what is brighter than 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = image.convert("RGBA")
     except Exception as e:  # Pillow raises many kinds: OSError, SyntaxError, ValueError, zlib's own ...
-        raise OSError(f"cannot read {path} as an image ({e}), expected a PNG file; save it again or remove it") from e
+        raise OSError(f"cannot read {path} as an image ({e}); save it again or remove it") from e
     side = max(image.size)
     paper = Image.new("RGBA", (side, side), "white")
     paper.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
     how = Image.Resampling.BOX if side > size else Image.Resampling.NEAREST
-    return np.asarray(paper.convert("RGB").resize((size, size), how))
+    small = paper.convert({1: "L", 3: "RGB"}[channels]).resize((size, size), how)
+    return np.asarray(small).reshape(size, size, channels)
 
 # %% ../nbs/toolkit/sprites.ipynb #713a2f20
 class Sprites(torch.utils.data.Dataset):
-    """Images with their classes. Item i is (x0, context): float32 (3, h, w) in [-1, 1] and float32 (k,), one-hot.
+    """Images with their classes. Item i is (x0, context): float32 (c, h, w) in [-1, 1] and float32 (k,), one-hot.
 
     Made by `Sprites.draw`, `Sprites.from_npy` or `Sprites.from_folder`. `labels`: int64 (n,); `class_names`: k names.
+    Without labels `labels` is None and k is 0: what a `ContextUnet(n_context=0)` takes.
     Raises ValueError for labels of another length and for labels without a name.
     """
 
     def __init__(
         self,
-        images,  # uint8 (N, h, w, 3), may be memory-mapped
-        labels,  # int (N,), positions in class_names
+        images,  # uint8 (N, h, w, c), may be memory-mapped
+        labels,  # int (N,), positions in class_names; None: no labels
         class_names=CLASSES,  # k names
         rows=None,  # int (n,): which of the N images belong to the set, in order; None: all of them
     ):
+        self._images = images
+        self._rows = np.arange(len(images)) if rows is None else np.asarray(rows)
+        self.labels, self.class_names = None, ()
+        if labels is None:
+            return
         labels = np.asarray(labels, dtype=np.int64)
         if labels.shape != (len(images),) or (len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names)):
             raise ValueError(f"labels of shape {labels.shape} for {len(images)} images and {len(class_names)} classes; "
                              "expected one position in class_names for each image")
-        self._images = images
-        self._rows = np.arange(len(images)) if rows is None else np.asarray(rows)
-        self.labels = labels[self._rows]
-        self.class_names = tuple(class_names)
+        self.labels, self.class_names = labels[self._rows], tuple(class_names)
 
     @cached_property
     def images(self):
-        "uint8 (n, h, w, 3), in the order of the items; read into memory on first use where it is a part of a file"
+        "uint8 (n, h, w, c), in the order of the items; read into memory on first use where it is a part of a file"
         return self._images if len(self._rows) == len(self._images) else self._images[self._rows]
 
     def __len__(self):
@@ -966,7 +977,7 @@ class Sprites(torch.utils.data.Dataset):
     def batch(
         self,
         indices,  # ints (b,)
-    ):  # float32 (b, 3, h, w) in [-1, 1]; float32 (b, k)
+    ):  # float32 (b, c, h, w) in [-1, 1]; float32 (b, k)
         "Several items at once, as two tensors; IndexError beyond the end, TypeError for indices that are not integers"
         indices = np.asarray(indices).reshape(-1)
         if len(indices) and indices.dtype.kind not in "iu":
@@ -974,6 +985,8 @@ class Sprites(torch.utils.data.Dataset):
         indices = indices.astype(np.int64)
         pixels = torch.from_numpy(np.array(self._images[self._rows[indices]]))
         x0 = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 127.5 - 1
+        if self.labels is None:
+            return x0, torch.zeros(len(x0), 0)
         labels = torch.from_numpy(self.labels[indices])
         return x0, torch.nn.functional.one_hot(labels, len(self.class_names)).to(torch.float32)
 
@@ -1010,19 +1023,23 @@ class Sprites(torch.utils.data.Dataset):
     @classmethod
     def from_folder(
         cls,
-        path,  # a folder with one sub-folder of PNG files for each class, or with the files of a single class
+        path,  # a folder with one sub-folder of images for each class, or with images that have no labels
         size=16,  # pixels per side; a network may ask for a multiple of 4
         split="all",  # "all", or "train" and "heldout" (about a tenth, by the pixels)
+        channels=3,  # 3: red, green and blue; 1: grey
     ):
         """Read a folder into memory.
 
         Raises FileNotFoundError for a missing or empty folder, NotADirectoryError for a file, OSError for an unreadable
-        image, ValueError for images beside sub-folders, a wrong size or split, and a split without images."""
+        image, ValueError for images beside sub-folders, a wrong size, split or channels, and a split without images."""
         _check_split(split, "train", "heldout", "all")
         size = _check_int("size", size, 1, 4097)
+        if channels not in (1, 3):
+            raise ValueError(f"channels is {channels!r}, expected 3 for colours or 1 for grey; pass one of these")
         classes = _find_classes(Path(path))
-        images = np.stack([_read_image(file, size) for files in classes.values() for file in files])
+        images = np.stack([_read_image(file, size, channels) for files in classes.values() for file in files])
         labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
+        labels = None if None in classes else labels
         return cls._part(images, labels, classes, split, lambda images, labels: is_heldout(images))
 
     @classmethod

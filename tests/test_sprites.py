@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from diffusion_course.sampling import Schedule, predictor, sample
+from diffusion_course.training import train
+from diffusion_course.unet import ContextUnet
 from diffusion_course.sprites import (CLASSES, PALETTE, RECIPES, NONE, Sprites, compose, draw_recipe, draw_sprites, flipped,
                                       folded, is_heldout, layer, recipe, sheet, stamp, _stream)
 
@@ -296,12 +299,27 @@ def test_from_folder(tmp_path):
     assert data.batch([0, 1, 2])[1].shape == (3, 2)
     np.testing.assert_array_equal(Sprites.from_folder(str(root)).images, data.images)
 
-def test_a_folder_without_sub_folders_is_one_class(tmp_path, monkeypatch):
-    _save(tmp_path/'cats'/'1.png'); _save(tmp_path/'cats'/'2.png')
-    monkeypatch.chdir(tmp_path/'cats')
-    for path in ('.', tmp_path/'cats'):
-        data = Sprites.from_folder(path)
-        assert data.class_names == ('cats',) and data[1][1].tolist() == [1.]
+def test_a_folder_without_sub_folders_has_no_labels(tmp_path, monkeypatch):
+    for k, image in enumerate(np.concatenate([draw_sprites(8)[0], draw_sprites(2, split='heldout')[0]])):
+        Image.fromarray(image).save(tmp_path/f'{k}.png')
+    monkeypatch.chdir(tmp_path)
+    for path, split in (('.', 'all'), (tmp_path, 'train'), (tmp_path, 'heldout')):
+        data = Sprites.from_folder(path, split=split)
+        assert data.class_names == () and data.labels is None
+        x0, context = data.batch(range(len(data)))
+        assert context.shape == (len(data), 0) and context.dtype == torch.float32
+        torch.testing.assert_close(data[1], (x0[1], context[1]))
+        net = ContextUnet(n_feat=8, n_context=len(data.class_names))    # what such a set is for
+        assert net(x0, torch.ones(len(x0), dtype=torch.int64), context).shape == x0.shape
+
+@pytest.mark.parametrize('size', [8, 20])
+def test_one_channel_and_other_sizes_train_and_sample(tmp_path, size):
+    for k in range(6): _save(tmp_path/f'{k % 2}'/f'{k}.png', 40*k, (8, 10), mode='L')
+    data, schedule = Sprites.from_folder(tmp_path, size=size, channels=1), Schedule.cosine(20)
+    net = ContextUnet(in_channels=1, n_feat=8, n_context=len(data.class_names))
+    (step,) = train(net, data, schedule, steps=1, batch_size=4, device='cpu')
+    samples = sample(predictor(step.ema, schedule, torch.eye(2)), schedule, 2, steps=2, shape=(1, size, size))
+    assert samples.shape == (2, 1, size, size) == data.batch([0, 1])[0].shape
 
 def test_conversion(tmp_path):
     "White behind transparency, a white frame to the square, crisp enlargement, averaged reduction, every mode"
@@ -319,6 +337,33 @@ def test_conversion(tmp_path):
     assert (g[:8, :8] == 0).all() and (g[:8, 8:] == 200).all() and (g[8:, :8] == 100).all()
     assert Sprites.from_folder(tmp_path, size=8).images.shape == (8, 8, 8, 3)
 
+def test_one_channel(tmp_path):
+    "Grey as Pillow weighs the colours; what is grey already stays as it is, and on the same side of the split"
+    _save(tmp_path/'a.png', (200, 10, 10)); _save(tmp_path/'b.png', 77, mode='L'); _save(tmp_path/'c.png', (0, 0, 0, 0), mode='RGBA')
+    grey, colour = (Sprites.from_folder(tmp_path, channels=k) for k in (1, 3))
+    assert grey.images.shape == (3, 16, 16, 1) and grey.images.dtype == np.uint8 and grey[0][0].shape == (1, 16, 16)
+    assert grey.images[:, 0, 0, 0].tolist() == [67, 77, 255]
+    np.testing.assert_array_equal(grey.images[1].repeat(3, -1), colour.images[1])
+    noise = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 1), np.uint8)
+    np.testing.assert_array_equal(is_heldout(noise), is_heldout(noise.repeat(3, -1)))
+    for channels in (0, 2, 4, '1', None):
+        with pytest.raises(ValueError, match='channels is .*expected 3 .* or 1'): Sprites.from_folder(tmp_path, channels=channels)
+
+def test_16_bits_are_not_clipped(tmp_path):
+    Image.fromarray(np.repeat(np.array([0, 255, 256, 32768, 65535], np.uint16), 5).reshape(5, 5)).save(tmp_path/'a.png')
+    assert Sprites.from_folder(tmp_path, size=5).images[0, :, 0, 0].tolist() == [0, 0, 1, 128, 255]
+
+def test_other_kinds_of_images(tmp_path):
+    for name in ('a.jpg', 'b.JPEG', 'c.bmp', 'd.gif', 'e.webp'): _save(tmp_path/name, (10, 120, 240))
+    assert abs(Sprites.from_folder(tmp_path).images.astype(int) - (10, 120, 240)).max() < 4
+
+def test_a_camera_held_upright(tmp_path):
+    "The file stores a picture lying on its side, and a note that says so"
+    exif = Image.Exif(); exif[0x0112] = 6               # turn it clockwise by 90 degrees to see it upright
+    Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 8, 0).repeat(4, 1)).save(tmp_path/'a.jpg', exif=exif, quality=95)
+    image = Sprites.from_folder(tmp_path, size=8).images[0, :, :, 0]
+    assert image[:4].mean() < 20 and image[4:].mean() > 235
+
 def test_folder_splits(tmp_path):
     for k, image in enumerate(np.concatenate([draw_sprites(8)[0], draw_sprites(2, split='heldout')[0]])):
         Image.fromarray(image).save(tmp_path/f'{k}.png')
@@ -329,9 +374,9 @@ def test_folder_splits(tmp_path):
 def test_wrong_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match='no folder'): Sprites.from_folder(tmp_path/'nowhere')
     (tmp_path/'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='no PNG images'): Sprites.from_folder(tmp_path/'empty')
+    with pytest.raises(FileNotFoundError, match=r'no images in .*empty, expected .*\.jpeg'): Sprites.from_folder(tmp_path/'empty')
     _save(tmp_path/'half'/'cats'/'1.png'); (tmp_path/'half'/'dogs').mkdir()
-    with pytest.raises(FileNotFoundError, match='no PNG images in .*dogs'): Sprites.from_folder(tmp_path/'half')
+    with pytest.raises(FileNotFoundError, match='no images in .*dogs'): Sprites.from_folder(tmp_path/'half')
     _save(tmp_path/'mixed'/'cats'/'1.png'); _save(tmp_path/'mixed'/'2.png')
     with pytest.raises(ValueError, match='beside sub-folders'): Sprites.from_folder(tmp_path/'mixed')
     with pytest.raises(NotADirectoryError, match='is a file'): Sprites.from_folder(tmp_path/'mixed'/'2.png')
