@@ -1,0 +1,68 @@
+"The panels draw what `sample` draws, say what went wrong, and are a picture where no kernel runs."
+import ipywidgets
+import pytest
+import torch
+from oracles import random_unet
+
+from diffusion_course.context import guided, mix, one_hot
+from diffusion_course.fast_sampling import ddim, dpmpp_2m
+from diffusion_course.sampling import Schedule, clipped, initial_noise, predictor, sample
+from diffusion_course.widgets import Panel, _png, context_mixer, denoising_slider, sampler_explorer
+
+NET, S = random_unet(n_feat=8), Schedule.cosine(60)
+
+
+def html(panel): return panel._repr_mimebundle_()[0]["text/html"]
+
+def expected(context, scale, n, **options):
+    cond, uncond = predictor(NET, S, context), predictor(NET, S)
+    return sample(clipped(guided(cond, uncond, scale), S), S, n, **options)
+
+
+@pytest.mark.parametrize("make", [lambda: denoising_slider(ddim(predictor(NET, S), initial_noise(2), S, [60, 30, 0])), lambda: context_mixer(NET, S, n=2, steps=2), lambda: sampler_explorer(NET, S, n=2)])
+def test_a_panel_is_also_a_picture(make):
+    panel = make()
+    assert 'alt="' in html(panel) and "base64" in html(panel)
+    assert all(control.description and (control.tooltip or isinstance(control, ipywidgets.SelectionSlider)) for control in panel.controls.values()), "every control is labelled"
+
+def test_mixer_draws_what_was_asked():
+    panel = context_mixer(NET, S, {"spell": 1.0}, n=2, steps=3)
+    assert panel.picture.value == _png(expected(one_hot("spell"), 2.0, 2, sampler=dpmpp_2m, steps=3), 2)
+    panel.controls["food"].value = 0.5
+    panel.controls["seed"].value = 7
+    assert panel.picture.value == _png(expected(mix({"spell": 1.0, "food": 0.5}), 2.0, 2, sampler=dpmpp_2m, steps=3, seed=7), 2)
+    assert "1.0 spell" in panel.message.value and "0.5 food" in panel.message.value
+
+def test_no_weight_at_all_is_no_context():
+    panel = context_mixer(NET, S, {}, n=2, steps=3)
+    assert panel.picture.value == _png(expected(torch.zeros(1, 5), 2.0, 2, sampler=dpmpp_2m, steps=3), 2) and "nothing" in panel.message.value
+
+def test_explorer_sides():
+    panel = sampler_explorer(NET, S, n=2, name="food")
+    a, b = expected(one_hot("food"), 1.0, 2, sampler=ddim, steps=5), expected(one_hot("food"), 1.0, 2, sampler=dpmpp_2m, steps=10)
+    assert panel.picture.value == _png(torch.cat([a, torch.ones_like(a[:1]), b]), 5)
+    assert panel.controls["eta B"].disabled and not panel.controls["eta A"].disabled
+
+def test_slider_shows_every_step():
+    steps = list(ddim(predictor(NET, S), initial_noise(3), S, [60, 20, 0]))
+    panel = denoising_slider(steps, n=2)
+    for i, step in enumerate(steps):
+        panel.controls["time"].value = i
+        assert panel.picture.value == _png(torch.cat([step.xt[:2], step.pred.x0[:2]]), 2) and f"t = {step.t}" in panel.message.value
+    panel.controls["time"].value = 2
+    assert panel.picture.value == _png(torch.cat([steps[-1].xs[:2]] * 2), 2)
+
+def test_an_error_is_shown_and_the_picture_stays():
+    def draw(n):
+        if n: raise ValueError("n & more")
+        return _png(torch.zeros(1, 3, 4, 4), 1), "fine"
+    panel = Panel({"n": ipywidgets.IntSlider(0)}, draw, "a picture")
+    before = panel.picture.value
+    panel.controls["n"].value = 1
+    assert "not drawn" in panel.message.value and "n &amp; more" in panel.message.value and panel.picture.value == before
+    panel.controls["n"].value = 0
+    assert panel.message.value == "fine"
+
+@pytest.mark.parametrize("make", [lambda: denoising_slider([]), lambda: context_mixer(NET, S, {"dragon": 1.0}), lambda: sampler_explorer(NET, S, name="dragon")])
+def test_bad_arguments(make):
+    with pytest.raises(ValueError): make()
