@@ -8,9 +8,12 @@ __all__ = ['add_noise', 'prediction_target', 'prediction_loss', 'noise_predictio
            'train', 'progress']
 
 # %% ../nbs/L2_Training.ipynb #acf12c9f
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .crew import Crew
 from .sampling import PREDICTIONS, Schedule, signal_and_noise
 
 # %% ../nbs/L2_Training.ipynb #fbcddeb3
@@ -68,7 +72,7 @@ def prediction_loss(
     xt = add_noise(x0, t, eps, schedule)
     output = net(xt, t) if context is None else net(xt, t, context)
     if output.shape != x0.shape: raise ValueError(f"the network's answer has shape {tuple(output.shape)}: expected {tuple(x0.shape)}")
-    return F.mse_loss(output.float(), prediction_target(kind, x0, eps, t, schedule))
+    return F.mse_loss(output.to(x0.dtype), prediction_target(kind, x0, eps, t, schedule))
 
 def noise_prediction_loss(net, x0, context, schedule, *, generator=None) -> Tensor: # scalar
     "`prediction_loss` for a network that predicts the noise, whatever it says of itself: the loss of DDPM, algorithm 1."
@@ -76,8 +80,8 @@ def noise_prediction_loss(net, x0, context, schedule, *, generator=None) -> Tens
 
 # %% ../nbs/L2_Training.ipynb #2d42ad8c
 def best_device() -> torch.device:
-    "CUDA, else MPS, else the CPU."
-    if torch.cuda.is_available(): return torch.device("cuda")
+    "CUDA (of several GPUs the one that a launcher gave to this process), else MPS, else the CPU."
+    if torch.cuda.is_available(): return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 def fast_dtype(
@@ -150,6 +154,16 @@ class TrainingDiverged(FloatingPointError):
     "The loss or the gradient is no longer a finite number."
 
 # %% ../nbs/L2_Training.ipynb #ce71f415
+def _checked(settings):
+    for name in ("steps", "batch_size", "images"):
+        if settings[name] < 1: raise ValueError(f"{name}={settings[name]}: expected at least 1")
+    return settings
+
+def _check_finite(step, loss, norm, lr):
+    if torch.isfinite(loss + norm): return
+    raise TrainingDiverged(f"step {step}: the loss is {loss:.4g} and the norm of its gradient {norm:.4g}. The weights are those of step {step - 1}; "
+                           f"try a smaller lr than {lr:g}, float32 (autocast=False), or look for NaN in the data")
+
 def _pack(net, ema, optimizer, settings):
     parts = {"net": net.state_dict(), "ema": ema.state_dict()}
     for i, moments in optimizer.state_dict()["state"].items(): parts[f"optimizer.{i}"] = moments
@@ -163,6 +177,7 @@ def _unpack(state, settings, net, ema, optimizer):
     net.load_state_dict(part("net.")); ema.load_state_dict(part("ema."))
     n_parameters = len(optimizer.param_groups[0]["params"])
     optimizer.load_state_dict({"state": {i: part(f"optimizer.{i}.") for i in range(n_parameters)}, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state.settings["step"]
 
 # %% ../nbs/L2_Training.ipynb #be50f430
 def train(
@@ -181,36 +196,33 @@ def train(
     autocast: torch.dtype | bool | None = None, # by default bfloat16 where it is fast; False for float32
     resume: TrainingState | None = None, # continue this run
 ) -> Iterator[TrainStep]:
-    """Train `net` and yield after each optimiser step. What happens between the steps (bars, plots, checkpoints, early stopping) is
-    the consumer's. A run that is resumed from a `TrainingState` continues to the bit on the same machine, because data order and noise are
-    functions of (seed, step). Raises TrainingDiverged when a loss or gradient is not finite, before it can reach the weights."""
-    for name, value in dict(steps=steps, batch_size=batch_size, images=len(data)).items():
-        if value < 1: raise ValueError(f"{name}={value}: expected at least 1")
+    """Train `net` and yield after each optimiser step; bars, plots, checkpoints and early stopping are the consumer's. A resumed run continues
+    to the bit on the same machine: data order and noise are functions of (seed, step). Several processes share the work (`crew`). Raises
+    TrainingDiverged when a loss or gradient is not finite, before it reaches the weights, and ValueError for settings that make no sense."""
+    settings = _checked(dict(step=0, steps=steps, batch_size=batch_size, lr=lr, ema=ema, clip=clip, seed=seed, T=schedule.T, images=len(data)))
     device = torch.device(device) if device else best_device()
     dtype = fast_dtype(device) if autocast in (None, True) else autocast or None
     net.to(device).train()
     average = AveragedModel(net, avg_fn=ramped_average(ema)).eval()
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, fused=device.type != "mps")
-    settings = dict(step=0, steps=steps, batch_size=batch_size, lr=lr, ema=ema, clip=clip, seed=seed, T=schedule.T, images=len(data))
-    if resume: _unpack(resume, settings, net, average, optimizer)
-    first = resume.settings["step"] if resume else 0
+    first = _unpack(resume, settings, net, average, optimizer) if resume else 0
+    crew = Crew(net, {**settings, "step": first}) # this process alone, unless a launcher started several
     batches = DataLoader(data, batch_sampler=shuffled_batches(len(data), batch_size, steps, seed=seed, start=first), generator=_seeded(seed))
     start = time.perf_counter()
     for step, (x0, context) in enumerate(batches, first + 1):
-        for group in optimizer.param_groups: group["lr"] = lr * warmup_then_decay(step - 1, steps)
+        optimizer.param_groups[0]["lr"] = lr * warmup_then_decay(step - 1, steps)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            value = loss(net, x0.to(device), context.to(device), schedule, generator=_seeded(seed, 1, step))
+            value = loss(crew.share(net), x0.to(device), context.to(device), schedule, generator=_seeded(seed, 1, step))
         optimizer.zero_grad()
         value.backward()
-        norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
-        if not torch.isfinite(value + norm):
-            raise TrainingDiverged(f"step {step}: the loss is {value:.4g} and the norm of its gradient {norm:.4g}. The weights are those of step {step - 1}; "
-                                   f"try a smaller lr than {lr:g}, float32 (autocast=False), or look for NaN in the data")
+        crew.sum_gradients(net)
+        _check_finite(step, value, nn.utils.clip_grad_norm_(net.parameters(), clip), lr)
         optimizer.step()
         average.update_parameters(net)
         seconds = time.perf_counter() - start
-        yield TrainStep(step, value.item(), optimizer.param_groups[0]["lr"], seconds, (step - first) * batch_size / seconds, net, average.module,
-                        lambda step=step: _pack(net, average, optimizer, {**settings, "step": step}))
+        yield from crew.report(TrainStep(step, value.item(), optimizer.param_groups[0]["lr"], seconds, (step - first) * batch_size / seconds, net, average.module,
+                                         partial(_pack, net, average, optimizer, {**settings, "step": step})))
+    crew.leave()
 
 # %% ../nbs/L2_Training.ipynb #231b17c5
 def progress(
@@ -218,9 +230,10 @@ def progress(
     steps: int, # in the whole run
 ) -> Iterator[TrainStep]:
     "The same steps, with a bar that shows the loss (smoothed), the images per second and the time left."
-    with tqdm(total=steps, file=sys.stdout, unit="step", mininterval=0.5) as bar:
-        smooth = None
-        for step in loop:
+    loop, smooth = iter(loop), None
+    first = next(loop, None) # among several processes the helpers end here, and show no bar
+    with tqdm(total=steps, file=sys.stdout, unit="step", mininterval=0.5, disable=first is None) as bar:
+        for step in chain([first] if first else [], loop):
             smooth = step.loss if smooth is None else 0.98 * smooth + 0.02 * step.loss
             bar.update(step.step - bar.n)
             bar.set_postfix(loss=f"{smooth:.4f}", images_per_s=f"{step.images_per_second:.0f}", refresh=False)
