@@ -222,7 +222,7 @@ def lessons(
     if find_spec("jupyterlab") is None: raise FileNotFoundError(f"Jupyter is not installed: python -m pip install jupyter, then  jupyter lab {to}")
     subprocess.run([sys.executable, "-m", "jupyterlab", str(to)], check=False)
 
-# %% ../nbs/toolkit/cli.ipynb #dca4591e
+# %% ../nbs/toolkit/cli.ipynb #b1c3dba4
 COMMANDS = {f.__name__: f for f in (sample, train, evaluate, lessons)}
 USAGE = "usage: diffusion-course COMMAND …\n\n" + "\n".join(f"  {name:10}{f.__doc__}" for name, f in COMMANDS.items()) + "\n\ndiffusion-course COMMAND --help tells more."
 
@@ -236,11 +236,18 @@ def main(
         return 0 if argv else 2
     name, *rest = argv
     if name not in COMMANDS: return _mistake(f"there is no command {name!r}: expected one of {', '.join(COMMANDS)}")
-    try: COMMANDS[name](**{key: value for key, value in vars(anno_parser(COMMANDS[name], prog=f"diffusion-course {name}").parse_args(rest)).items() if key not in ("pdb", "xtra")})
+    parser = anno_parser(COMMANDS[name], prog=f"diffusion-course {name}")
+    parser.error = lambda text: sys.exit(_mistake(f"{text}; diffusion-course {name} --help lists what there is"))
+    given = vars(parser.parse_args([_underscored(part) for part in rest]))
+    try: COMMANDS[name](**{key: value for key, value in given.items() if key not in ("pdb", "xtra")})
     except KeyboardInterrupt as stop: return _mistake(str(stop) or "stopped", 130)
     except OSError as error: return _mistake(f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except (ValueError, TypeError, ArithmeticError) as error: return _mistake(str(error))
     return 0
+
+def _underscored(part): # --batch-size and --batch_size are the same
+    option, equals, value = part.partition("=")
+    return option.replace("-", "_").replace("__", "--", 1) + equals + value if part.startswith("--") else part
 
 def _mistake(text, code=2):
     print("diffusion-course: " + " ".join(text.split()), file=sys.stderr)
