@@ -1,0 +1,224 @@
+"A training that is killed, interrupted or poisoned loses nothing: what was saved is readable, and the run goes on to the same bits."
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from test_checkpoints import in_child, outcome, posix
+
+from diffusion_course.checkpoints import latest_step, resume_training, save_training
+from diffusion_course.context import with_dropped_context
+from diffusion_course.sampling import Schedule
+from diffusion_course.training import TrainingDiverged, TrainingState, prediction_loss, progress, shuffled_batches, train
+from diffusion_course.unet import ContextUnet
+
+STEPS, EVERY, S = 50, 2, Schedule.cosine(50)
+
+
+class Data(torch.utils.data.Dataset):
+    "Small random images; image `bad` is NaN, image `interrupting` is where somebody presses Ctrl-C."
+    def __init__(self, n=50, bad=None, interrupting=None):
+        self.images = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        if bad is not None: self.images[bad] = float("nan")
+        self.interrupting = interrupting
+    def __len__(self): return len(self.images)
+    def __getitem__(self, i):
+        if i == self.interrupting: raise KeyboardInterrupt
+        return self.images[i], torch.eye(5)[i % 5]
+
+
+def run(data=None, **options):
+    torch.manual_seed(0)
+    return train(ContextUnet(n_feat=8), Data() if data is None else data, S, **{**dict(steps=STEPS, batch_size=8, device="cpu", autocast=False,
+                 loss=with_dropped_context(prediction_loss)), **options})
+
+
+def run_and_save(folder, told=lambda what: None, every=EVERY, **options):
+    "Go on from the last checkpoint, if there is one, and save every few steps."
+    for step in run(resume=resume_training(folder) if latest_step(folder) else None, **options):
+        told(b".")
+        if step.step % every == 0: save_training(folder, step.state(), keep=3); told(b"S")
+    return step
+
+
+def same_bits(a, b):
+    assert a.settings == b.settings and a.tensors.keys() == b.tensors.keys()
+    for name, value in a.tensors.items(): assert torch.equal(value, b.tensors[name]), name
+
+
+def uninterrupted(**options):
+    for step in run(**options): pass
+    return step.state()
+
+
+# --- killed ----------------------------------------------------------------------------------------------------------
+
+def one_life(folder, patience, delay):
+    "Train in a child and kill it, `delay` seconds after it has done `patience` steps. How it ended, what it told, seconds per step."
+    ear, mouth = os.pipe()
+    def work():
+        torch.set_num_threads(1)
+        run_and_save(folder, told=lambda what: os.write(mouth, what))
+    child, began, heard = in_child(work), time.monotonic(), b""
+    os.close(mouth)
+    while heard.count(b".") < patience and (more := os.read(ear, 1)): heard += more
+    seconds = (time.monotonic() - began) / max(heard.count(b"."), 1)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    ended = outcome(child)
+    while more := os.read(ear, 1000): heard += more                 # what it said before it died
+    os.close(ear)
+    return ended, heard, seconds
+
+
+@posix
+def test_killed_at_50_random_moments(tmp_path):
+    """Killed between any two instructions: after a random number of steps, so that a slow machine makes progress too, and a random part
+    of a step later, so that every moment can be hit. Again and again, until 50 kills are done and the last run has come to its end."""
+    rng, whole, kills, runs, seconds = random.Random(0), uninterrupted(), 0, 0, 0.01
+    folder = tmp_path / "0"
+    while kills < 50 or runs == 0 or latest_step(folder):
+        folder.mkdir(exist_ok=True)
+        before = latest_step(folder) or 0
+        ended, heard, seconds = one_life(folder, rng.randint(1, 5) if kills < 50 else 10**9, rng.uniform(0, 1.5) * min(seconds, 0.1))
+        assert ended in (0, -signal.SIGKILL)
+        kills += ended != 0
+        told = before // EVERY + heard.count(b"S")                  # saves of which the child could tell
+        assert told <= (latest_step(folder) or 0) // EVERY <= told + 1
+        for path in folder.glob("step-*"): assert resume_training(path).settings["step"] % EVERY == 0
+        if ended == 0:
+            same_bits(resume_training(folder), whole)
+            runs, folder = runs + 1, tmp_path / str(runs + 1)
+    assert kills >= 50
+
+
+# --- interrupted and poisoned ----------------------------------------------------------------------------------------
+
+def test_ctrl_c_keeps_the_last_checkpoint(tmp_path):
+    "Whether it comes while a batch is made or in the consumer; the run can go on and ends in the same bits."
+    with pytest.raises(KeyboardInterrupt): run_and_save(tmp_path, data=Data(interrupting=17), steps=20)
+    first = latest_step(tmp_path) or 0
+    def press(what):
+        if what == b".": raise KeyboardInterrupt
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt): run_and_save(tmp_path, told=press, steps=20)
+        assert (latest_step(tmp_path) or 0) == first
+    run_and_save(tmp_path, steps=20)
+    same_bits(resume_training(tmp_path), uninterrupted(steps=20))
+
+
+@posix
+def test_ctrl_c_in_a_running_command(tmp_path):
+    "The signal itself, at a random moment: the process ends with a KeyboardInterrupt and no half-written file."
+    ear, mouth = os.pipe()
+    def work():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt): run_and_save(tmp_path, told=lambda what: os.write(mouth, what), steps=10**6)
+        os.write(mouth, b"interrupted")
+    child = in_child(work)
+    while os.read(ear, 1) != b"S": pass
+    time.sleep(random.Random().uniform(0, 0.1))
+    os.kill(child, signal.SIGINT)
+    assert outcome(child) == 0 and b"interrupted" in os.read(ear, 10**6)
+    assert not list(tmp_path.glob("*.tmp")) and resume_training(tmp_path).settings["step"] == latest_step(tmp_path)
+
+
+def test_nan_keeps_the_last_good_checkpoint(tmp_path):
+    "The error names the step and what to try; the weights, the checkpoint and a resumed run on clean data are good."
+    net = ContextUnet(n_feat=8)
+    with pytest.raises(TrainingDiverged, match=r"step (\d+): the loss is nan .* weights are those of step \d+; try a smaller lr") as error:
+        for step in train(net, Data(bad=30), S, steps=20, batch_size=4, device="cpu", autocast=False): save_training(tmp_path, step.state())
+    assert step.step == latest_step(tmp_path) > 0 and f"step {step.step + 1}:" in str(error.value)
+    assert all(value.isfinite().all() for value in [*net.state_dict().values(), *step.ema.state_dict().values()])
+    state = resume_training(tmp_path)
+    assert all(value.isfinite().all() for value in state.tensors.values())
+    for step in train(ContextUnet(n_feat=8), Data(), S, steps=20, batch_size=4, device="cpu", autocast=False, resume=state): pass
+    assert step.step == 20
+
+
+def test_infinite_gradient_stops_before_the_weights():
+    "A finite loss with a gradient that is not: the square root at 0."
+    def loss(net, x0, context, schedule, *, generator=None): return (net(x0, torch.ones(len(x0), dtype=torch.long), context) * 0).square().mean().sqrt()
+    net = ContextUnet(n_feat=8)
+    with pytest.raises(TrainingDiverged, match="step 1: the loss is 0 and the norm of its gradient nan"): next(train(net, Data(), S, steps=5, loss=loss, device="cpu"))
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+# --- the edges -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n, batch_size", [(1, 1), (1, 4), (3, 8), (8, 8), (9, 8), (16, 8), (5, 11)])
+def test_batches_larger_and_smaller_than_the_data(tmp_path, n, batch_size):
+    "Whole batches always; each image is seen as often as the others, up to once; resumed in the middle of an epoch, the same bits."
+    batches = list(shuffled_batches(n, batch_size, 20))
+    seen = sorted(sum(batches, []).count(i) for i in range(n))
+    assert all(len(batch) == batch_size for batch in batches) and seen[-1] - seen[0] <= 1
+    options = dict(data=Data(n), batch_size=batch_size, steps=5)
+    for step in run(**options):
+        if step.step == 3: save_training(tmp_path, step.state()); break
+    run_and_save(tmp_path, every=5, **options)
+    same_bits(resume_training(tmp_path), uninterrupted(**options))
+
+
+@pytest.mark.parametrize("options", [dict(autocast=torch.bfloat16), dict(ema=0.9, clip=0.1), dict(loss=prediction_loss)], ids=["bfloat16", "other settings", "other loss"])
+def test_resumed_run_is_the_whole_run(tmp_path, options):
+    options = dict(steps=6, **options)
+    for step in run(**options):
+        if step.step == 4: save_training(tmp_path, step.state()); break
+    run_and_save(tmp_path, **options)
+    whole = uninterrupted(**options)
+    same_bits(resume_training(tmp_path), whole)
+    assert all(value.dtype != torch.bfloat16 for value in whole.tensors.values())      # autocast computes in it, the weights stay
+
+
+@pytest.mark.parametrize("part", ["net.", "ema.module.", "ema.n_averaged", "optimizer.0.exp_avg", "optimizer.0.step"])
+def test_every_part_of_the_state_counts(part):
+    "A resumed run that forgot one part would be noticed."
+    tensors, settings = next(run(steps=3)).state()
+    changed = {name: value + 1 if name.startswith(part) else value for name, value in tensors.items()}
+    for step in run(steps=3, resume=TrainingState(changed, settings)): pass
+    with pytest.raises(AssertionError): same_bits(step.state(), uninterrupted(steps=3))
+
+
+def test_autocast_is_used():
+    "The losses differ by a little, from the second step on: the last layer starts at zero, in any precision."
+    low, full = ([step.loss for step in run(steps=3, autocast=autocast)] for autocast in (torch.bfloat16, False))
+    assert low != full and max(abs(a - b) for a, b in zip(low, full)) < 0.02
+
+
+@pytest.mark.parametrize("change", [dict(lr=0.1), dict(batch_size=4), dict(seed=3), dict(steps=9), dict(data=Data(51)), dict(ema=0.5), dict(clip=2.0)], ids=lambda c: next(iter(c)))
+def test_other_settings_are_refused(change):
+    state = next(run()).state()
+    name = {"data": "images"}.get(*change, *change)
+    with pytest.raises(ValueError, match=f"cannot resume with other settings: {name} was .* and is now"): next(run(**change, resume=state))
+
+
+def test_a_finished_run_has_nothing_to_do():
+    state = uninterrupted(steps=3)
+    assert list(run(steps=3, resume=state)) == []
+    assert list(progress(run(steps=3, resume=state), 3)) == []
+
+
+@pytest.mark.parametrize("change", [dict(steps=0), dict(batch_size=0), dict(steps=-1)], ids=str)
+def test_settings_that_make_no_sense(change):
+    with pytest.raises(ValueError, match="expected at least 1"): next(run(**change))
+    with pytest.raises(ValueError, match="images=0"): next(run(data=torch.utils.data.TensorDataset(torch.zeros(0, 3, 4, 4))))
+
+
+def test_nothing_is_left_behind():
+    "No worker processes and no threads, when a run ends and when its consumer leaves."
+    threads = threading.active_count()
+    uninterrupted(steps=2)
+    for step in run(): break
+    assert not multiprocessing.active_children() and threading.active_count() == threads
+
+
+def test_a_state_is_a_copy():
+    "Later steps do not reach a state that was taken, and it does not depend on when it is taken within the step."
+    states = [(step.state(), step.state()) for step in run(steps=3)]
+    same_bits(*states[0])
+    assert [state.settings["step"] for state, _ in states] == [1, 2, 3]
+    assert any(not torch.equal(states[0][0].tensors[name], states[2][0].tensors[name]) for name in states[0][0].tensors)
