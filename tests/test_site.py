@@ -20,6 +20,11 @@ def hrefs(node):
             if key in ("href", "file", "contents"): yield from hrefs(value)
 
 
+def in_order(node):
+    "The notebooks of the sidebar from top to bottom: the order in which the site's previous and next links run."
+    return [h for h in hrefs(node) if h.endswith(".ipynb")]
+
+
 def names(): return {path.relative_to(ROOT / "nbs").as_posix() for path in NOTEBOOKS}
 
 
@@ -52,3 +57,35 @@ def test_every_notebook_is_ready_for_quarto(processed):
         for cell in nb.cells:
             assert not re.search(r"^#\| *(default_exp|export|hide)\b", "".join(cell.source), re.M), (page.name, cell.source)
             assert all(output.output_type != "error" for output in cell.get("outputs", [])), (page.name, cell.source)
+
+
+def test_the_lessons_follow_each_other():
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]
+    assert config["page-navigation"] is True and config["navbar"]["search"] is True
+    pages = in_order(config["sidebar"]["contents"])
+    assert pages[:5] == ["index.ipynb", "L1_Sampling.ipynb", "L2_Training.ipynb", "L3_Context.ipynb", "L4_FastSampling.ipynb"]
+    assert len(pages) == len(set(pages))
+    assert all((ROOT / "nbs" / item["href"]).is_file() for item in config["navbar"]["left"])
+
+
+def test_no_asset_from_another_host():
+    "Pages may link to the world, but nothing is loaded from it: no image, script, style or font."
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text())["format"]["html"]
+    assert config["html-math-method"] == "mathml" and set(config["theme"]) == {"light", "dark"}
+    assert "http" not in (ROOT / "nbs" / config["css"]).read_text() and "@import" not in (ROOT / "nbs" / config["css"]).read_text()
+    loads = re.compile(r"""(?:src|srcset)=["'](?:https?:)?//|<link[^>]+href=["'](?:https?:)?//|@import|url\(["']?https?:|!\[[^\]]*\]\(https?:""")
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            texts = ["".join(cell["source"])] if cell["cell_type"] == "markdown" else []
+            texts += ["".join(o.get("data", {}).get(kind, "")) for o in cell.get("outputs", []) for kind in ("text/html", "text/markdown")]
+            for text in texts: assert not loads.search(text), f"{path.name}: {loads.search(text)[0]}"
+
+
+def test_every_page_can_be_rendered(processed):
+    "The pages as Quarto receives them, through another renderer: well-formed, with a title and every figure in place."
+    from nbconvert import HTMLExporter
+    for path in sorted(processed.rglob("*.ipynb")):
+        html, _ = HTMLExporter(template_name="basic").from_filename(str(path))
+        assert "Traceback (most recent call last)" not in html, path.name
+        for source in re.findall(r'<img[^>]+src="([^"]+)"', html):
+            assert source.startswith("data:image/") or (path.parent / source).exists(), f"{path.name}: {source[:60]}"
