@@ -7,6 +7,8 @@ __all__ = ['one_hot', 'mix', 'drop_context', 'with_dropped_context', 'guided']
 
 # %% ../nbs/L3_Context.ipynb #a528e30c
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -16,31 +18,33 @@ from .sprites import CLASSES
 
 # %% ../nbs/L3_Context.ipynb #b8d82f04
 def _index(name, classes):
-    if isinstance(name, str):
-        if name not in classes: raise ValueError(f"class {name!r}: expected one of {', '.join(classes)}")
-        return classes.index(name)
-    if isinstance(name, bool) or int(name) != name or not 0 <= name < len(classes):
-        raise ValueError(f"class {name!r}: expected a whole number 0 … {len(classes) - 1} or one of {', '.join(classes)}")
-    return int(name)
+    if isinstance(name, str) and name in classes: return classes.index(name)
+    if isinstance(name, Real) and not isinstance(name, bool) and name in range(len(classes)): return int(name)
+    raise ValueError(f"class {name!r}: expected a whole number 0 … {len(classes) - 1} or one of {', '.join(classes)}")
 
 def one_hot(
     names_or_indices: str | int | Sequence[str | int] | Tensor, # one class or several, by name or by number
     classes: Sequence[str] = CLASSES,
 ) -> Tensor: # float32 (n, len(classes)): one row per class asked for
-    "Context vectors of pure classes: 1 for the class, 0 elsewhere. Raises ValueError for a class that does not exist."
-    if isinstance(names_or_indices, Tensor): names_or_indices = names_or_indices.reshape(-1).tolist()
-    if isinstance(names_or_indices, (str, int)): names_or_indices = [names_or_indices]
+    "Context vectors of pure classes: 1 for the class, 0 elsewhere. Raises ValueError for a class that does not exist, and for a table of numbers in place of a list."
+    if isinstance(names_or_indices, Tensor):
+        if names_or_indices.ndim > 1:
+            raise ValueError(f"class numbers have shape {tuple(names_or_indices.shape)}: expected (n,). Are these context vectors already?")
+        names_or_indices = names_or_indices.reshape(-1).tolist()
+    if isinstance(names_or_indices, str) or not hasattr(names_or_indices, "__iter__"): names_or_indices = [names_or_indices]
     indices = [_index(name, list(classes)) for name in names_or_indices]
     return torch.eye(len(classes))[torch.tensor(indices, dtype=torch.long)]
 
+# %% ../nbs/L3_Context.ipynb #d30399d7
 def mix(
     weights: Mapping[str | int, float], # class -> how much of it, such as {"hero": 1.0, "food": 0.6}
     classes: Sequence[str] = CLASSES,
 ) -> Tensor: # float32 (1, len(classes)): serves all samples of a batch
-    "A context vector with several classes in it at once. Raises ValueError for a class that does not exist or a weight that is not finite."
+    "A context vector with several classes in it at once. Raises ValueError for a class that does not exist or a weight that is not a finite number."
     context = torch.zeros(1, len(classes))
-    for name, weight in weights.items(): context[0, _index(name, list(classes))] = weight
-    if not context.isfinite().all(): raise ValueError(f"weights {dict(weights)}: expected finite numbers")
+    for name, weight in weights.items():
+        if not isinstance(weight, Real) or not isfinite(weight): raise ValueError(f"weight {weight!r} of {name!r}: expected a finite number")
+        context[0, _index(name, list(classes))] += weight
     return context
 
 # %% ../nbs/L3_Context.ipynb #4e33bbfb
@@ -49,8 +53,11 @@ def drop_context(
     p: float, # share of the rows to drop, 0 … 1
     generator: torch.Generator | None = None, # a CPU generator
 ) -> Tensor: # (n, n_context)
-    "Set each row to zero with probability p, each row by its own coin: zero means no context (Ho & Salimans, 2207.12598, algorithm 1). Raises ValueError for p outside 0 … 1."
+    """Set each row to zero with probability p, each row by its own coin: zero means no context (Ho & Salimans, 2207.12598, algorithm 1).
+
+    Raises ValueError for p outside 0 … 1 and for a context that is no table of rows."""
     if not 0 <= p <= 1: raise ValueError(f"p={p}: expected a probability, 0 … 1")
+    if context.ndim != 2: raise ValueError(f"context has shape {tuple(context.shape)}: expected (n, n_context), one row per image")
     keep = torch.rand(len(context), 1, generator=generator) >= p
     return context * keep.to(context)
 
@@ -69,7 +76,10 @@ def guided(
     uncond: Callable, # predict(xt, t) -> Prediction, without
     scale: float, # 0 = unconditional, 1 = conditional, above 1 = exaggerated
 ) -> Callable: # predict(xt, t) -> Prediction
-    "Classifier-free guidance (Ho & Salimans, 2207.12598, equation 6, whose w is scale - 1): from `uncond` towards `cond`, and beyond."
+    """Classifier-free guidance (Ho & Salimans, 2207.12598, equation 6, whose w is scale - 1): from `uncond` towards `cond`, and beyond.
+
+    Clip afterwards, `clipped(guided(…), schedule)`: what goes beyond leaves the range of images. Raises ValueError for a scale that is not a finite number."""
+    if not isinstance(scale, Real) or not isfinite(scale): raise ValueError(f"scale={scale!r}: expected a finite number; 0 = unconditional, 1 = conditional")
     if scale == 1: return cond
     if scale == 0: return uncond
 
