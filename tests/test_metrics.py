@@ -67,6 +67,23 @@ def test_frechet_agrees_with_torchmetrics(fake, sprites, request):
     assert_close(frechet_distance(a, b), theirs(oracle, a, b).item(), atol=1e-4, rtol=1e-4)
 
 
+def test_class_accuracy_agrees_with_torchmetrics(sprites):
+    from torchmetrics.classification import MulticlassAccuracy
+    images, labels = sprites[0], torch.where(torch.arange(1000) % 3 == 0, sprites[1].roll(1), sprites[1])       # a third are wrong, some by chance right
+    oracle = MulticlassAccuracy(num_classes=5, average="micro")(class_probabilities(images), labels)
+    assert_close(class_accuracy(images, labels), oracle.item(), atol=1e-4, rtol=0)
+    assert 0.6 < oracle < 0.9
+
+
+def test_nearest_agrees_with_torchmetrics(sprites, noisy):
+    from torchmetrics.functional import pairwise_euclidean_distance
+    a, b = noisy[:200].clamp(-1, 1), sprites[0]
+    oracle = (pairwise_euclidean_distance(a.flatten(1).double(), b.flatten(1).double()) / 768 ** 0.5).min(1)
+    index, distance = nearest(noisy[:200], b)
+    assert index.tolist() == oracle.indices.tolist()
+    assert_close(distance.double(), oracle.values, atol=1e-4, rtol=1e-4)
+
+
 # --- the formulas, against plain NumPy and against wrong versions ---
 
 def gram(x, y, d): return (x @ y.T / d + 1) ** 3
