@@ -11,7 +11,7 @@ bin     := $(abspath $(VENV))/bin
 py      := $(bin)/python
 lessons := $(sort $(wildcard nbs/L*.ipynb))
 
-.PHONY: help setup run test lab lessons pretrained readme benchmarks dist clean
+.PHONY: help setup run test fuzz lab lessons pretrained readme benchmarks dist clean
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -30,6 +30,9 @@ run: $(ready) ## run every lesson; notebooks, an animation and a contact sheet l
 test: $(ready) ## run every cell of every notebook, then the test suite
 	PATH=$(bin):$$PATH OMP_NUM_THREADS=1 $(bin)/nbdev_test --n_workers $(WORKERS) --timing
 	PATH=$(bin):$$PATH OMP_NUM_THREADS=1 $(py) -m pytest -q tests
+
+fuzz: $(ready) ## try fifty times as many hostile inputs as `make test` does (about an hour)
+	FUZZ=50 OMP_NUM_THREADS=1 $(py) -m pytest -q tests/test_fuzz.py
 
 lab: $(ready) ## open the lessons in Jupyter
 	@cd nbs && MPLBACKEND= $(bin)/jupyter lab

@@ -27,7 +27,7 @@ def renoised(
     # x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma²) eps
     return ab**0.5 * pred.x0 + max(1 - ab - sigma**2, 0) ** 0.5 * pred.eps
 
-# %% ../nbs/L4_FastSampling.ipynb #ab9e4e67
+# %% ../nbs/L4_FastSampling.ipynb #6c110630
 def ddim_sigma(
     t: int, # time before the step
     s: int, # time after it, s < t
@@ -35,12 +35,12 @@ def ddim_sigma(
     eta: float = 1.0, # 0: no fresh noise, 1: as much as DDPM
 ) -> float: # 0 … 1
     "How much fresh noise a step from t to s adds (DDIM, equation 16). Raises ValueError for eta outside 0 … 1."
-    if not 0 <= eta <= 1: raise ValueError(f"eta={eta!r}: expected a number from 0 (deterministic) to 1 (as noisy as DDPM)")
+    if not (isinstance(eta, (int, float)) and 0 <= eta <= 1): raise ValueError(f"eta={eta!r}: expected a number from 0 (deterministic) to 1 (as noisy as DDPM)")
     ab_t, ab_s = schedule.alpha_bar[t].item(), schedule.alpha_bar[s].item()
     # sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
     return eta * ((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)) ** 0.5
 
-# %% ../nbs/L4_FastSampling.ipynb #b1b3127d
+# %% ../nbs/L4_FastSampling.ipynb #0c16dff6
 @torch.no_grad()
 def ddim(
     predict: Callable, # predict(xt, t) -> Prediction
@@ -51,7 +51,7 @@ def ddim(
     eta: float = 0.0, # 0: deterministic, 1: DDPM
     noise: Callable = torch.randn_like, # noise(xt): fresh standard normal noise, asked for only if eta > 0
 ) -> Iterator[Step]:
-    "DDIM (2010.02502, equation 12) along any falling list of times; one network call a step. Yields every step; the last `xs` is the sample. Raises ValueError for bad times or eta."
+    "DDIM (2010.02502, equation 12) along any falling list of times; one network call a step. Yields every step; the last `xs` is the sample. Raises ValueError for bad times or eta, TypeError for times that are not whole."
     xt = xT
     for i, (t, s) in enumerate(pairwise(visited(schedule, ts))):
         pred, sigma = predict(xt, t), ddim_sigma(t, s, schedule, eta)
@@ -72,7 +72,7 @@ def blended(
     # cos² + sin² = 1, so the variance stays 1
     return math.cos(angle) * a + math.sin(angle) * b
 
-# %% ../nbs/L4_FastSampling.ipynb #34ea8d04
+# %% ../nbs/L4_FastSampling.ipynb #37c31824
 @torch.no_grad()
 def invert(
     predict: Callable, # predict(xt, t) -> Prediction
@@ -87,7 +87,7 @@ def invert(
         xt = renoised(predict(xt, s or t), t, schedule)
     return xt
 
-# %% ../nbs/L4_FastSampling.ipynb #8b38ab8e
+# %% ../nbs/L4_FastSampling.ipynb #8d1bba5d
 @torch.no_grad()
 def heun(
     predict: Callable, # predict(xt, t) -> Prediction
@@ -99,7 +99,7 @@ def heun(
 ) -> Iterator[Step]:
     """Heun's second-order method: step, look again from there, and take the step anew with the mean of both predictions. n steps need
     2n - 1 network calls. It averages x0, which stays bounded where a schedule leaves no signal (DPM-Solver++(2S) of 2211.01095 with r = 1);
-    EDM's algorithm 1 (2206.00364) averages eps, which does not. Raises ValueError for bad times."""
+    EDM's algorithm 1 (2206.00364) averages eps, which does not. Raises ValueError for bad times, TypeError for times that are not whole."""
     xt = xT
     for i, (t, s) in enumerate(pairwise(visited(schedule, ts))):
         pred = predict(xt, t)
@@ -110,7 +110,7 @@ def heun(
         yield Step(i, t, s, xt, xs, pred)
         xt = xs
 
-# %% ../nbs/L4_FastSampling.ipynb #6b372bd3
+# %% ../nbs/L4_FastSampling.ipynb #da83e5c2
 @torch.no_grad()
 def dpmpp_2m(
     predict: Callable, # predict(xt, t) -> Prediction
@@ -121,7 +121,7 @@ def dpmpp_2m(
     noise: Callable = torch.randn_like, # not used: the method is deterministic
 ) -> Iterator[Step]:
     """DPM-Solver++(2M) (Lu et al., 2211.01095, algorithm 2): second order for one network call a step, because it remembers the last
-    prediction. The first and the last step are DDIM's. Raises ValueError for bad times."""
+    prediction. The first and the last step are DDIM's. Raises ValueError for bad times, TypeError for times that are not whole."""
     xt, before, h_before = xT, None, None
     for i, (t, s) in enumerate(pairwise(visited(schedule, ts))):
         pred = now = predict(xt, t)

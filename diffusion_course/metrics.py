@@ -101,7 +101,9 @@ def class_accuracy(
     labels: Tensor,     # (n,) integers: the classes that were asked for
 ) -> float:             # 0 ... 1
     "Share of images whose likeliest class is the one asked for. Errors as for `features`, and for labels that do not fit."
-    probabilities, labels = class_probabilities(images), torch.as_tensor(labels).cpu()
+    probabilities = class_probabilities(images)
+    try: labels = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError, RuntimeError) as error: raise TypeError(f"labels: got {labels!r:.40}, expected class numbers, one for each image.") from error
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels: got {labels.dtype}, expected class numbers. For one-hot rows use labels.argmax(1).")
     if labels.shape != (n := len(probabilities),):

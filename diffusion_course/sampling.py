@@ -135,7 +135,7 @@ def at(
     T = len(values) - 1
     if isinstance(t, Tensor):
         if t.is_floating_point() or t.dtype == torch.bool: raise TypeError(f"times have dtype {t.dtype}: expected integers {first} … {T}")
-        if t.ndim and t.shape != like.shape[:1]: raise ValueError(f"times have shape {tuple(t.shape)}: expected ({len(like)},), one per image")
+        if t.ndim and t.shape != like.shape[:1]: raise ValueError(f"times have shape {tuple(t.shape)}: expected {tuple(like.shape[:1])}, one per image")
         t = t.cpu().long() # a uint8 index would be taken for a mask
         low, high = int(t.min()), int(t.max())
     elif isinstance(t, (int, np.integer)) and not isinstance(t, bool): low = high = t
@@ -199,6 +199,7 @@ def predictor(
     if kind not in PREDICTIONS: raise ValueError(f"kind={kind!r}: expected one of {sorted(PREDICTIONS)}")
 
     def predict(xt, t):
+        at(schedule.alpha_bar, t, xt, first=1) # a time that does not exist is refused before the network sees it
         times = torch.as_tensor(t, device=xt.device).expand(len(xt))
         output = net(xt, times) if context is None else net(xt, times, _rows(context, xt))
         _check_shape("the network's answer", output, xt.shape)
@@ -227,10 +228,10 @@ def posterior(
     s: int | Tensor, # earlier time, 0 ≤ s < t
     schedule: Schedule,
 ) -> tuple[Tensor, Tensor]: # mean (n, …) and variance, () or (n, 1, …)
-    "Mean and variance of q(x_s | x_t, x_0) for any s < t: DDPM, equations 6 and 7, with t - 1 replaced by s. Raises ValueError unless s < t."
+    "Mean and variance of q(x_s | x_t, x_0) for any s < t: DDPM, equations 6 and 7, with t - 1 replaced by s. Raises ValueError unless 0 ≤ s < t ≤ T and for shapes that do not fit, TypeError for times that are not whole."
     _check_shape("x0", x0, xt.shape)
-    if not torch.as_tensor(s < t).all(): raise ValueError(f"s={s}, t={t}: the posterior goes back in time, so s must be below t")
     ab_t, ab_s = at(schedule.alpha_bar, t, xt), at(schedule.alpha_bar, s, xt)
+    if not (ab_s > ab_t).all(): raise ValueError(f"s={s}, t={t}: the posterior goes back in time, so s must be below t")
     # alpha_{t|s} = alpha_bar_t / alpha_bar_s: the share of the signal that is kept from s to t
     alpha_ts = ab_t / ab_s
     # mean = sqrt(alpha_bar_s) (1 - alpha_{t|s}) / (1 - alpha_bar_t) · x_0  +  sqrt(alpha_{t|s}) (1 - alpha_bar_s) / (1 - alpha_bar_t) · x_t
@@ -268,7 +269,7 @@ def ddpm(
     *,
     noise: Callable = torch.randn_like, # noise(xt): fresh standard normal noise, shaped like xt
 ) -> Iterator[Step]:
-    "Remove the noise step by step: DDPM, algorithm 2, for any falling list of times. Yields every step; the last `xs` is the sample."
+    "Remove the noise step by step: DDPM, algorithm 2, for any falling list of times. Yields every step; the last `xs` is the sample. Raises ValueError unless the times fall to 0, TypeError for times that are not whole."
     xt = xT
     for i, (t, s) in enumerate(pairwise(visited(schedule, ts))):
         pred = predict(xt, t)
@@ -281,6 +282,7 @@ def ddpm(
 # %% ../nbs/L1_Sampling.ipynb #a94a6985
 def _generators(seed, n, stream): # one generator per sample; `stream` keeps the first noise apart from the noise of the steps
     if type(seed) is not int or seed < 0: raise ValueError(f"seed={seed!r}: expected a whole number, 0 or more")
+    if not isinstance(n, (int, np.integer, Sequence, Tensor, np.ndarray)) or isinstance(n, (bool, str)): raise TypeError(f"n={n!r}: expected a number of samples, or the indices of the samples wanted")
     indices = list(range(n)) if isinstance(n, (int, np.integer)) else [index(i) for i in n]
     if not indices: raise ValueError(f"n={n!r}: expected at least one sample")
     return [np.random.default_rng([seed, stream, i]) for i in indices]
@@ -339,7 +341,7 @@ def sample(
     device: str | torch.device | None = None, # where the network is; by default the CPU
     progress: bool = False, # show a bar?
 ) -> Tensor: # (n, *shape)
-    "Noise, loop and last state in one call. Raises ValueError for bad arguments and FloatingPointError if the samples are not finite."
+    "Noise, loop and last state in one call. Raises ValueError or TypeError for bad arguments and FloatingPointError if the samples are not finite."
     ts = schedule.timesteps(schedule.T if steps is None else steps)
     xT, noise = initial_noise(n, shape, seed=seed, device=device), per_sample_noise(seed, n)
     for step in tqdm(sampler(predict, xT, schedule, ts, noise=noise), total=len(ts) - 1, disable=not progress, file=sys.stdout): pass

@@ -853,7 +853,7 @@ def _open_npy(path, what):
         raise ValueError(f"{path} ({size}) begins with {head[:8]!r}, expected a .npy file; use numpy.save for the {what}")
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as e:
+    except Exception as e: # numpy reads the header as Python source: a damaged one fails in many ways
         if "object" in str(e).lower():
             raise TypeError(f"{path} holds pickled Python objects, expected plain numbers for the {what}; unpickling "
                             "can run foreign code, so it is refused: save the array with a numeric dtype") from e
