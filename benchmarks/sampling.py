@@ -32,6 +32,8 @@ RESULTS = Path(__file__).parent / "results"
 SAMPLERS = {"DDPM": ddpm, "DDIM": ddim, "DDIM, eta 0.5": partial(ddim, eta=0.5), "DPM-Solver++(2M)": dpmpp_2m}
 CALLS = (5, 10, 20, 50)
 MEMORY = """
+import resource
+
 from diffusion_course.checkpoints import pretrained
 from diffusion_course.context import one_hot
 from diffusion_course.fast_sampling import ddim
@@ -149,15 +151,20 @@ def plot(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=1000, help="samples judged in each row")
-    parser.add_argument("--rounds", type=int, default=7, help="how often each speed is measured")
+    parser.add_argument("--samples", type=int, default=400, help="samples judged in each row")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each speed is measured")
     args = parser.parse_args()
     real, more = (Sprites.draw(args.samples, seed=seed, split="heldout").batch(range(args.samples))[0] for seed in (1, 2))
-    results = dict(machine=machine(), floor=kid(more, real), speed=list(speed(args.rounds)), memory=peak_memory(), theirs=list(their_quality(args.samples, real)), ours=list(our_quality(args.samples, real)))
+    parts = dict(machine=machine, floor=lambda: kid(more, real), memory=peak_memory, speed=lambda: list(speed(args.rounds)),
+                 theirs=lambda: list(their_quality(args.samples, real)), ours=lambda: list(our_quality(args.samples, real)))
     RESULTS.mkdir(exist_ok=True)
+    results = {}
+    for name, measure in parts.items():
+        results[name] = measure()
+        (RESULTS / "sampling.json").write_text(json.dumps(results, indent=1)) # what is measured is kept, whatever happens to the rest
+        print(name, "done", flush=True)
     text = report(results, args)
     (RESULTS / "sampling.md").write_text(text)
-    (RESULTS / "sampling.json").write_text(json.dumps(results, indent=1))
     plot(results["ours"]).savefig(RESULTS / "sampling.png", dpi=200, bbox_inches="tight")
     print(text)
 
