@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion_course.checkpoints import resume_training, save_model, save_training
+from diffusion_course.checkpoints import latest_step, resume_training, save_model, save_training
 from diffusion_course.context import one_hot, with_dropped_context
 from diffusion_course.sampling import Schedule, clipped, predictor, sample
 from diffusion_course.sprites import CLASSES, Sprites
@@ -22,11 +22,11 @@ def sha256(images): return hashlib.sha256(images.tobytes()).hexdigest()
 
 
 def train_sprites(steps, n_images, seed, folder):
-    "The average of the weights after the last step. An interrupted training goes on from its last checkpoint in `folder`."
+    "The average of the weights after the last step. An interrupted training goes on from its last checkpoint in `folder`; under `torchrun` several processes share it."
     torch.manual_seed(seed)
     net, schedule, data = ContextUnet(predicts="v"), Schedule.cosine(), Sprites.draw(n_images, seed=seed)
     loop = train(net, data, schedule, steps=steps, batch_size=64, lr=3e-3, ema=0.999, seed=seed, loss=with_dropped_context(prediction_loss, 0.1),
-                 resume=resume_training(folder) if folder.is_dir() else None)
+                 resume=resume_training(folder) if latest_step(folder) else None)
     for step in progress(loop, steps):
         if step.step % 1000 == 0 and step.step < steps: save_training(folder, step.state(), keep=1)
     shutil.rmtree(folder, ignore_errors=True)
