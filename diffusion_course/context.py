@@ -7,7 +7,6 @@ __all__ = ['one_hot', 'mix', 'drop_context', 'with_dropped_context', 'guided']
 
 # %% ../nbs/L3_Context.ipynb #a528e30c
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
 from numbers import Real
 
 import torch
@@ -43,7 +42,7 @@ def mix(
     "A context vector with several classes in it at once. Raises ValueError for a class that does not exist or a weight that is not a finite number."
     context = torch.zeros(1, len(classes))
     for name, weight in weights.items():
-        if not isinstance(weight, Real) or not isfinite(weight): raise ValueError(f"weight {weight!r} of {name!r}: expected a finite number")
+        if not isinstance(weight, Real) or not abs(weight) < 1e6: raise ValueError(f"weight {weight!r} of {name!r}: expected a finite number below a million")
         context[0, _index(name, list(classes))] += weight
     return context
 
@@ -56,7 +55,7 @@ def drop_context(
     """Set each row to zero with probability p, each row by its own coin: zero means no context (Ho & Salimans, 2207.12598, algorithm 1).
 
     Raises ValueError for p outside 0 … 1 and for a context that is no table of rows."""
-    if not 0 <= p <= 1: raise ValueError(f"p={p}: expected a probability, 0 … 1")
+    if not (isinstance(p, Real) and 0 <= p <= 1): raise ValueError(f"p={p!r}: expected a probability, 0 … 1")
     if context.ndim != 2: raise ValueError(f"context has shape {tuple(context.shape)}: expected (n, n_context), one row per image")
     keep = torch.rand(len(context), 1, generator=generator) >= p
     return context * keep.to(context)
@@ -79,7 +78,7 @@ def guided(
     """Classifier-free guidance (Ho & Salimans, 2207.12598, equation 6, whose w is scale - 1): from `uncond` towards `cond`, and beyond.
 
     Clip afterwards, `clipped(guided(…), schedule)`: what goes beyond leaves the range of images. Raises ValueError for a scale that is not a finite number."""
-    if not isinstance(scale, Real) or not isfinite(scale): raise ValueError(f"scale={scale!r}: expected a finite number; 0 = unconditional, 1 = conditional")
+    if not isinstance(scale, Real) or not abs(scale) < 1e6: raise ValueError(f"scale={scale!r}: expected a finite number; 0 = unconditional, 1 = conditional")
     if scale == 1: return cond
     if scale == 0: return uncond
 
