@@ -34,7 +34,8 @@ def add_noise(
     eps: Tensor, # (n, …) standard normal noise
     schedule: Schedule,
 ) -> Tensor: # (n, …) x_t
-    "Jump from clean images to time t at once: a draw of q(x_t | x_0) (DDPM, equation 4). Raises ValueError for times outside 0 … T or noise of another shape, TypeError for times that are not whole and images that are not floats."
+    "Jump from clean images to time t at once: a draw of q(x_t | x_0) (DDPM, equation 4). Raises ValueError for times outside 0 … T or noise of another shape, TypeError for times that are not whole, images that are not floats and noise of another dtype."
+    if eps.dtype != x0.dtype: raise TypeError(f"eps has dtype {eps.dtype} and x0 {x0.dtype}: expected the same, as torch.randn_like(x0) makes it")
     if eps.shape != x0.shape: raise ValueError(f"eps has shape {tuple(eps.shape)} and x0 {tuple(x0.shape)}: expected the same, one noise value per pixel")
     signal, noise = signal_and_noise(t, x0, schedule)
     # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps

@@ -92,7 +92,7 @@ def test_schedules_from_numbers(T, low, high):
 @given(images(), times(), images())
 def test_add_noise(x0, t, eps):
     xt = attempt(training.add_noise, x0, t, eps, S)
-    if xt is not None: assert xt.shape == x0.shape == eps.shape and xt.dtype == x0.dtype
+    if xt is not None: assert xt.shape == x0.shape == eps.shape and xt.dtype == x0.dtype == eps.dtype
 
 @fuzz(300)
 @given(images(), images(), times(), times())

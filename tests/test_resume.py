@@ -120,7 +120,8 @@ def test_ctrl_c_in_a_running_command(tmp_path):
         with pytest.raises(KeyboardInterrupt): run_and_save(tmp_path, told=lambda what: os.write(mouth, what), steps=10**6)
         os.write(mouth, b"interrupted")
     child = in_child(work)
-    while os.read(ear, 1) != b"S": pass
+    os.close(mouth)
+    while (told := os.read(ear, 1)) != b"S": assert told, f"the child ended before it saved: {outcome(child)}"
     time.sleep(random.Random().uniform(0, 0.1))
     os.kill(child, signal.SIGINT)
     assert outcome(child) == 0 and b"interrupted" in os.read(ear, 10**6)
