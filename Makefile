@@ -29,7 +29,7 @@ run: $(ready) ## run every lesson; notebooks, an animation and a contact sheet l
 
 test: $(ready) ## run every cell of every notebook, then the test suite
 	PATH=$(bin):$$PATH OMP_NUM_THREADS=1 $(bin)/nbdev_test --n_workers $(WORKERS) --timing
-	PATH=$(bin):$$PATH OMP_NUM_THREADS=1 $(py) -m pytest -q -n $(WORKERS) --dist loadfile tests
+	PATH=$(bin):$$PATH OMP_NUM_THREADS=1 $(py) -m pytest -q -n $(WORKERS) --dist loadfile --timeout 900 tests
 
 fuzz: $(ready) ## try fifty times as many hostile inputs as `make test` does (about an hour)
 	FUZZ=50 OMP_NUM_THREADS=1 $(py) -m pytest -q tests/test_fuzz.py

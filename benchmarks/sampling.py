@@ -29,7 +29,7 @@ from diffusion_course.sampling import clipped, ddpm, initial_noise, predictor, s
 from diffusion_course.sprites import Sprites
 
 RESULTS = Path(__file__).parent / "results"
-SAMPLERS = {"DDPM": ddpm, "DDIM": ddim, "DDIM, eta 0.5": partial(ddim, eta=0.5), "DPM-Solver++(2M)": dpmpp_2m}
+SAMPLERS = {"DDPM": ddpm, "DDIM": ddim, "DDIM, eta 0.5": partial(ddim, eta=0.5), "DPM-Solver++(2M)": dpmpp_2m, "DPM-Solver++(2M), eta 1": partial(dpmpp_2m, eta=1.0)}
 CALLS = (5, 10, 20, 50)
 MEMORY = """
 import resource

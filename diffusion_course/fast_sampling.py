@@ -118,10 +118,12 @@ def dpmpp_2m(
     schedule: Schedule,
     ts: Sequence[int] | None = None, # times to visit, falling to 0; by default all of them
     *,
-    noise: Callable = torch.randn_like, # not used: the method is deterministic
+    eta: float = 0.0, # 0: deterministic, 1: as much fresh noise as DDPM
+    noise: Callable = torch.randn_like, # noise(xt): fresh standard normal noise, asked for only if eta > 0
 ) -> Iterator[Step]:
     """DPM-Solver++(2M) (Lu et al., 2211.01095, algorithm 2): second order for one network call a step, because it remembers the last
-    prediction. The first and the last step are DDIM's. Raises ValueError for bad times, TypeError for times that are not whole."""
+    prediction; with eta = 1 it is SDE-DPM-Solver++(2M). The first and the last step are DDIM's. Raises ValueError for bad times or eta,
+    TypeError for times that are not whole."""
     xt, before, h_before = xT, None, None
     for i, (t, s) in enumerate(pairwise(visited(schedule, ts))):
         pred = now = predict(xt, t)
@@ -130,6 +132,8 @@ def dpmpp_2m(
         if before is not None and s > 0:
             # D = x_0 + h / (2 h_before) (x_0 - x_0 before): where x_0 will be in the middle of the step, if it goes on as it did
             pred = prediction_from_x0(now.x0 + h / (2 * h_before) * (now.x0 - before.x0), xt, t, schedule)
-        xs = renoised(pred, s, schedule)
+        sigma = ddim_sigma(t, s, schedule, eta)
+        xs = renoised(pred, s, schedule, sigma)
+        if sigma > 0: xs = xs + sigma * noise(xt)
         yield Step(i, t, s, xt, xs, pred)
         xt, before, h_before = xs, now, h

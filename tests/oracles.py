@@ -141,6 +141,21 @@ def check_error_order(sampler, order, *, last=0.1, **kwargs):
     measured = [round(o, 2) for o in orders]
     close(orders[-1], float(order), f"order of the error, measured {measured}", rtol=0, atol=last)
 
+def check_spread_order(sampler, order, *, std=0.5, steps=(64, 128, 256), within=0.1):
+    """The error of the standard deviation that a noisy sampler gives to N(0, std²), half way, falls with this order.
+
+    No chance in it: each noise has a coordinate of its own (1 there, 0 elsewhere), the walk is linear, and so the last state
+    holds the weight of each noise, and the sum of their squares is the variance."""
+    predict, middle = gaussian_predictor(0.0, std, EVEN), EVEN.T // 2
+    def deviation(t): return math.sqrt(float(EVEN.alpha_bar[t]) * (std**2 - 1) + 1)
+    errors = []
+    for n in steps:
+        units = iter(torch.eye(n + 1, dtype=torch.float64))
+        walk = sampler(predict, deviation(EVEN.T) * next(units), EVEN, EVEN.timesteps(n), noise=lambda xt: next(units))
+        errors.append(abs(next(step.xs for step in walk if step.s == middle).norm().item() - deviation(middle)))
+    orders = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
+    assert abs(orders[-1] - order) < within, f"order of the spread: {orders}, expected {order}; errors {errors}"
+
 # --- 2. the ideal denoiser on a finite set of images -----------------------------------------------------------------
 
 def separation(images, schedule, t):

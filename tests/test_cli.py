@@ -66,7 +66,7 @@ def test_gif(here, small):
 
 @pytest.mark.parametrize("argv, words", [
     (["dragon"], "dragon"), (["hero=much"], "a class and a number"), (["hero", "--steps", 101], "1 to T=100"), (["hero", "--steps", 0], "1 to T=100"), (["hero", "--n", 0], "--n 0"), (["hero", "--seed", -1], "--seed -1"),
-    (["hero", "--sampler", "euler"], "ddpm, ddim, heun"), (["hero", "--sampler", "ddim", "--eta", 2], "--eta 2"), (["hero", "--eta", 0.5], "--sampler ddim"), (["hero", "--out", "x.jpg"], ".png or .gif"),
+    (["hero", "--sampler", "euler"], "ddpm, ddim, heun"), (["hero", "--sampler", "ddim", "--eta", 2], "--eta 2"), (["hero", "--sampler", "heun", "--eta", 0.5], "ddim or dpmpp_2m"), (["hero", "--out", "x.jpg"], ".png or .gif"),
     (["hero", "--model", "gone.safetensors"], "gone.safetensors"), (["hero", "--model", "cats"], "cats"), (["hero", "--out", "folder.png"], "is a folder"), (["hero", "--out", "file/x.png"], "file"), (["hero", "--ncols", 0], "--ncols 0"),
 ], ids=str)
 def test_mistakes_in_sample(here, small, capsys, argv, words):

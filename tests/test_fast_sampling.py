@@ -18,7 +18,7 @@ from diffusion_course.sampling import (Prediction, Schedule, Step, clipped, ddpm
 NS = (1, 2, 3, 7, 10, 13, 30, 33, 50, 60, 100, 499, 500)
 LINEAR, COSINE = Schedule.linear(500), Schedule.cosine(500)
 SCHEDULES = pytest.mark.parametrize("schedule", [LINEAR, COSINE, labs()], ids=["linear", "cosine", "labs"])
-SAMPLERS = {"ddim": ddim, "ddim eta 0.5": partial(ddim, eta=0.5), "ddim eta 1": partial(ddim, eta=1.0), "heun": heun, "dpmpp_2m": dpmpp_2m}
+SAMPLERS = {"ddim": ddim, "ddim eta 0.5": partial(ddim, eta=0.5), "ddim eta 1": partial(ddim, eta=1.0), "heun": heun, "dpmpp_2m": dpmpp_2m, "dpmpp_2m eta 1": partial(dpmpp_2m, eta=1.0)}
 EVERY = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 DETERMINISTIC = pytest.mark.parametrize("sampler", [ddim, heun, dpmpp_2m])
 
@@ -41,6 +41,10 @@ def test_ddim_gaussian_exact_on_odd_grids(ts): oracles.check_gaussian_exact(ddim
 
 @pytest.mark.parametrize("sampler, order", [(ddim, 1), (heun, 2), (dpmpp_2m, 2)], ids=["ddim", "heun", "dpmpp_2m"])
 def test_order_of_the_error(sampler, order): oracles.check_error_order(sampler, order)
+
+@pytest.mark.parametrize("sampler, order", [(ddpm, 1), (partial(ddim, eta=0.5), 1), (partial(dpmpp_2m, eta=0.5), 2), (partial(dpmpp_2m, eta=1.0), 2)],
+                         ids=["ddpm", "ddim eta 0.5", "dpmpp_2m eta 0.5", "dpmpp_2m eta 1"])
+def test_order_of_the_distribution(sampler, order): oracles.check_spread_order(sampler, order)
 
 
 # --- 2. ideal denoiser ---
@@ -77,6 +81,13 @@ def test_dpmpp_2m_is_diffusers(n):
                                             final_sigmas_type="zero", lower_order_final=False)
     xT = initial_noise(2, (3, 4, 4)).double()
     oracles.check_against_diffusers(dpmpp_2m, scheduler, n, smooth_predictor(labs(), 48), xT, labs(), tolerance=2e-4)
+
+@pytest.mark.parametrize("n", [n for n in NS if 3 <= n < 499])
+def test_noisy_dpmpp_2m_is_diffusers(n):
+    scheduler = oracles.diffusers_scheduler(DPMSolverMultistepScheduler, solver_order=2, algorithm_type="sde-dpmsolver++", solver_type="midpoint",
+                                            final_sigmas_type="zero", lower_order_final=False)
+    xT = initial_noise(2, (3, 4, 4)) # it draws its noise in float32
+    oracles.check_against_diffusers(partial(dpmpp_2m, eta=1.0), scheduler, n, smooth_predictor(labs(), 48), xT, labs(), tolerance=1e-3)
 
 
 # --- 4. identities ---
@@ -157,9 +168,10 @@ def test_sigma_of_eta_1_is_the_posterior(t, s):
     _, _, var = oracles.ddpm_kernel(float(LINEAR.alpha_bar[t]), float(LINEAR.alpha_bar[s]))
     assert math.isclose(ddim_sigma(t, s, LINEAR), math.sqrt(var), rel_tol=1e-9, abs_tol=1e-12)
 
+@pytest.mark.parametrize("sampler", [ddim, dpmpp_2m])
 @pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan, 7])
-def test_bad_eta(eta):
-    with pytest.raises(ValueError, match="eta"): last(partial(ddim, eta=eta), smooth_predictor(LINEAR, 2), initial_noise(1, (2,)), LINEAR, [500, 0])
+def test_bad_eta(eta, sampler):
+    with pytest.raises(ValueError, match="eta"): last(partial(sampler, eta=eta), smooth_predictor(LINEAR, 2), initial_noise(1, (2,)), LINEAR, [500, 0])
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
 def test_bad_share(share):
@@ -221,3 +233,16 @@ def test_noise_that_is_not_taken_from_the_direction_is_caught(monkeypatch):
     import diffusion_course.fast_sampling as module
     monkeypatch.setattr(module, "renoised", lambda pred, s, schedule, sigma=0.0: renoised(pred, s, schedule))
     with pytest.raises(AssertionError): oracles.check_gaussian_exact(partial(ddim, eta=1.0), LINEAR, LINEAR.timesteps(30), kernel=oracles.ddim_kernel(1.0))
+
+@pytest.mark.parametrize("wrong", ["no room made", "remembers another x0"])
+def test_wrong_noisy_solvers_are_caught(monkeypatch, wrong):
+    import diffusion_course.fast_sampling as module
+    if wrong == "no room made": monkeypatch.setattr(module, "renoised", lambda pred, s, schedule, sigma=0.0: renoised(pred, s, schedule))
+    else: monkeypatch.setattr(module, "prediction_from_x0", lambda x0, xt, t, schedule: prediction_from_x0(x0 * 1.01, xt, t, schedule))
+    with pytest.raises(AssertionError, match="order of the spread"): oracles.check_spread_order(partial(dpmpp_2m, eta=1.0), 2)
+
+def test_less_noise_than_eta_says_is_caught(monkeypatch):
+    "The variance in place of the standard deviation: room is made for it, so the distribution stays right, and only the other library tells."
+    import diffusion_course.fast_sampling as module
+    monkeypatch.setattr(module, "ddim_sigma", lambda t, s, schedule, eta=1.0: ddim_sigma(t, s, schedule, eta) ** 2)
+    with pytest.raises(AssertionError, match="diffusers"): test_noisy_dpmpp_2m_is_diffusers(10)

@@ -1,4 +1,6 @@
 "The panels draw what `sample` draws, say what went wrong, and are a picture where no kernel runs."
+from functools import partial
+
 import ipywidgets
 import pytest
 import torch
@@ -41,6 +43,10 @@ def test_explorer_sides():
     panel = sampler_explorer(NET, S, n=2, name="food")
     a, b = expected(one_hot("food"), 1.0, 2, sampler=ddim, steps=5), expected(one_hot("food"), 1.0, 2, sampler=dpmpp_2m, steps=10)
     assert panel.picture.value == _png(torch.cat([a, torch.ones_like(a[:1]), b]), 5)
+    panel.controls["eta B"].value = 1.0
+    b = expected(one_hot("food"), 1.0, 2, sampler=partial(dpmpp_2m, eta=1.0), steps=10)
+    assert panel.picture.value == _png(torch.cat([a, torch.ones_like(a[:1]), b]), 5) and "eta 1.0" in panel.message.value
+    panel.controls["sampler B"].value = "Heun"
     assert panel.controls["eta B"].disabled and not panel.controls["eta A"].disabled
 
 def test_slider_shows_every_step():
