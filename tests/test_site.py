@@ -59,6 +59,15 @@ def test_every_notebook_is_ready_for_quarto(processed):
             assert all(output.output_type != "error" for output in cell.get("outputs", [])), (page.name, cell.source)
 
 
+def test_the_site_shows_the_code_that_the_lessons_explain(processed):
+    "nbdev leaves out `export` cells; `exports` keeps them. A lesson without its code would be a summary."
+    for path in NOTEBOOKS:
+        exported = [cell["source"] for cell in json.loads(path.read_text())["cells"] if "".join(cell["source"]).startswith("#| export")]
+        shown = "\n".join("".join(cell["source"]) for cell in json.loads((processed / path.relative_to(ROOT / "nbs")).read_text())["cells"])
+        for name in re.findall(r"^(?:def|class) ([a-zA-Z]\w*)", "\n".join(map("".join, exported)), re.M):
+            assert re.search(rf"^(def|class) {name}\b", shown, re.M), f"{path.name}: {name} is not on the page; start its cell with #| exports"
+
+
 def test_the_lessons_follow_each_other():
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]
     assert config["page-navigation"] is True and config["navbar"]["search"] is True
