@@ -42,7 +42,6 @@ def run_and_save(folder, told=lambda what: None, every=EVERY, **options):
     for step in run(resume=resume_training(folder) if latest_step(folder) else None, **options):
         told(b".")
         if step.step % every == 0: save_training(folder, step.state(), keep=3); told(b"S")
-    return step
 
 
 def same_bits(a, b):
