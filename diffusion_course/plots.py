@@ -111,8 +111,10 @@ class Plot(Figure):
     def _repr_png_(self):
         data = io.BytesIO()
         self.savefig(data, format='png', dpi=2*self.dpi, bbox_inches='tight')   # sharp on dense screens:
-        width, height = Image.open(data).size
-        return data.getvalue(), dict(width=width//2, height=height//2)          # shown at half its size
+        image = Image.open(data).convert('RGB')
+        if not any(ax.images for ax in self.axes): # lines and text look the same in 256 colours, and take a third of the bytes
+            image = image.quantize(256, dither=Image.Dither.NONE)
+        return _png(image), dict(width=image.width//2, height=image.height//2)  # shown at half its size
 
 # %% ../nbs/toolkit/plots.ipynb #87b9e389
 def _texts(name, texts, allowed):
@@ -213,9 +215,9 @@ def animate(frames, # batches of images, one for each frame, each what `to_uint8
     return Animation(data.getvalue(), _png(sheets[-1]), alt, width_px or 3*first.width)
 
 # %% ../nbs/toolkit/plots.ipynb #d2456b8c
-def _axes(n=1, **labels):
+def _axes(n=1, width=3.2, **labels):
     "A Plot with n panels side by side"
-    fig = Plot(3.2*n, 2.2, layout='constrained')
+    fig = Plot(width*n, 2.2, layout='constrained')
     axes = fig.subplots(1, n, squeeze=False)[0]
     for ax in axes: ax.set(**labels)
     return fig, axes
@@ -267,7 +269,8 @@ def quality_curve(x, # where the scores were measured, such as numbers of steps
     "Scores with error bars of one standard error"
     _few_lines(scores)
     with style.context(_STYLE):
-        fig, (ax,) = _axes(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale)
+        crowded = len(scores) > 3 # the legend then stands beside the axes, where it covers nothing
+        fig, (ax,) = _axes(width=4.6 if crowded else 3.2, xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale)
         for (label, (mean, se)), colour, line, marker in zip(scores.items(), PALETTE, _LINES, _MARKERS):
             if len(mean) != len(x):
                 raise ValueError(f'{label!r} has {len(mean)} means for {len(x)} places on the x axis')
@@ -276,7 +279,7 @@ def quality_curve(x, # where the scores were measured, such as numbers of steps
             ax.set_xticks(x, [f'{v:g}' for v in x])
             ax.set_xticks([], minor=True)
         _floor(ax, floor)
-        ax.legend()
+        ax.legend(**dict(loc='upper left', bbox_to_anchor=(1, 1)) if crowded else {})
     return fig
 
 # %% ../nbs/toolkit/plots.ipynb #1add1642
