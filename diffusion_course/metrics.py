@@ -182,7 +182,7 @@ def frechet_distance(
     x, y = _checked_features(a, b)
     if min(len(x), len(y)) <= x.shape[1]:
         raise ValueError(f"got {len(x)} and {len(y)} images for {x.shape[1]} features; expected more images.")
-    cov_x, cov_y = x.T.cov(), y.T.cov()
+    cov_x, cov_y = torch.atleast_2d(x.T.cov()), torch.atleast_2d(y.T.cov()) # of a single feature cov() gives a number
     # tr (Sx Sy)^(1/2) = sum_i lambda_i(Sx^(1/2) Sy Sx^(1/2))^(1/2)
     values, vectors = torch.linalg.eigh(cov_x)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T

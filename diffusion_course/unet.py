@@ -65,9 +65,12 @@ def _zero(layer):
     return layer
 
 # %% ../nbs/toolkit/unet.ipynb #e9ebd125
-def _check_image(x, in_channels):
+def _check_image(x, in_channels, weight):
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a float tensor, got {_kind(x)}. For pixels in bytes write x.float() / 127.5 - 1.")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x is a tensor of {x.dtype}, and the network's weights are {weight.dtype}. Write x.to({weight.dtype}), "
+                        f"or convert the network: net.to({x.dtype}).")
     if x.ndim != 4 or x.shape[1] != in_channels:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (n, {in_channels}, height, width).")
     h, w = x.shape[2:]
@@ -94,6 +97,12 @@ def _check_context(context, n, n_context):
         raise ValueError(f"context has shape {tuple(context.shape)}, expected ({n}, {n_context}): one row of "
                          f"{n_context} numbers for each image. For class names or class numbers use one_hot from "
                          "diffusion_course.context.")
+
+
+def _check_device(device, **inputs):
+    for name, value in inputs.items():
+        if value is not None and value.device != device:
+            raise ValueError(f"{name} is on {value.device}, the network on {device}. Write {name}.to({str(device)!r}), or net.to({str(value.device)!r}).")
 
 
 def _kind(x): return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__} {x!r:.40}"
@@ -137,9 +146,10 @@ class ContextUnet(nn.Module):
         t: Tensor,                      # (n,) integer times 0 ... T
         context: Tensor | None = None,  # (n, n_context) float; None and rows of zeros mean "no context"
     ) -> Tensor:                        # same shape as x
-        _check_image(x, self.config["in_channels"])
+        _check_image(x, self.config["in_channels"], self.stem.weight)
         _check_time(t, len(x))
         _check_context(context, len(x), self.config["n_context"])
+        _check_device(self.stem.weight.device, x=x, t=t, context=context)
 
         cond = self.condition(t, context, x.dtype)
         h1 = self.down1(self.stem(x), cond)

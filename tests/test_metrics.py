@@ -141,6 +141,7 @@ def test_frechet_has_all_its_terms():
     assert frechet_distance(x, x + shift) == pytest.approx(shift.square().sum().item(), rel=1e-9)
     assert frechet_distance(x, x * scale) == pytest.approx(((1 - scale) * x.std(0)).square().sum().item(), rel=1e-9)
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(x[:, :1], x[:, :1] + 2) == pytest.approx(4, rel=1e-9) # one feature has a variance, not a matrix
     full = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
     assert frechet_distance(x @ full, (x * scale + shift) @ full) == pytest.approx(frechet_distance(x, x * scale + shift), rel=1e-9)
 
