@@ -187,6 +187,17 @@ def check_lands(sampler, schedule, ts, *, images=None, n=8, seed=0):
         assert rms <= 1e-3, f"landing: {rms:.2g} away from the nearest image"
     close(last.xs, last.pred.x0, "the last state is the last prediction")
 
+def check_shares(sampler, schedule, ts, *, n=500, seed=0):
+    """Of a data set in which one image occurs three times and another once, three walks in four must end on the first.
+    Landing alone does not see how a walk came to its end: with a little too much noise, or too little, it lands as well."""
+    one, other = random_images(2)
+    noise = per_sample_noise(seed, n)
+    data = torch.stack([one, one, one, other])
+    last = walk(sampler, ideal_predictor(data, schedule), initial_noise(n, one.shape, seed=seed), schedule, ts, noise=noise)[-1]
+    share = ((last.xs - one).flatten(1).norm(dim=1) < (last.xs - other).flatten(1).norm(dim=1)).double().mean().item()
+    limit = 3.5 * math.sqrt(0.75 * 0.25 / n)
+    assert abs(share - 0.75) < limit, f"shares: {share:.3f} of the walks end on the image that is 0.75 of the data, expected within {limit:.3f}"
+
 # --- 3. diffusers ----------------------------------------------------------------------------------------------------
 
 def diffusers_scheduler(cls, **config):

@@ -50,6 +50,9 @@ def test_order_of_the_distribution(sampler, order): oracles.check_spread_order(s
 # --- 2. ideal denoiser ---
 
 @EVERY
+def test_lands_on_each_image_as_often_as_it_should(sampler): oracles.check_shares(sampler, COSINE, COSINE.timesteps(200))
+
+@EVERY
 @pytest.mark.parametrize("n", NS)
 def test_lands(sampler, n): oracles.check_lands(sampler, LINEAR, LINEAR.timesteps(n), n=4)
 

@@ -39,6 +39,7 @@ def gaussian(n): return partial(oracles.check_gaussian_exact, schedule=S, ts=S.t
 def gaussian_ddim(n): return partial(gaussian(n), kernel=oracles.ddim_kernel(0))
 def many_gaussians(n): return partial(oracles.check_gaussian_samples, schedule=S, ts=S.timesteps(n))
 def landing(n): return partial(oracles.check_lands, schedule=S, ts=S.timesteps(n))
+def shares(n): return partial(oracles.check_shares, schedule=S, ts=S.timesteps(n))
 
 def record(sampler):
     xT = initial_noise(3, (3, 4, 4))
@@ -123,6 +124,9 @@ def uniform_noise_in_the_steps(predict, xT, schedule, ts=None, *, noise=None):
     "torch.rand where torch.randn is meant."
     g = oracles.seeded()
     return ddpm(predict, xT, schedule, ts, noise=lambda xt: torch.rand(xt.shape, generator=g, dtype=xt.dtype))
+
+for size in (0, 0.5, 1.5): # they land all the same
+    fault(shares(200), ddpm, "shares", ddpm_with(lambda t, s, size=size: size * root_of_posterior_variance(t, s)), name=f"{size} times the noise, seen in the shares")
 
 @fault(many_gaussians(20), ddpm, "variance of the samples")
 def noise_only_in_the_first_step(predict, xT, schedule, ts=None, *, noise=None):
