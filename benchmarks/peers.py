@@ -126,6 +126,10 @@ def diffusers_dpm_solver(predict, schedule, xT, calls): return _diffusers(diffus
     schedule.T, trained_betas=schedule.beta[1:].numpy(), timestep_spacing="trailing", final_sigmas_type="zero"), predict, xT, calls)
 
 
+def diffusers_sde_dpm_solver(predict, schedule, xT, calls): return _diffusers(diffusers.DPMSolverMultistepScheduler(
+    schedule.T, trained_betas=schedule.beta[1:].numpy(), timestep_spacing="trailing", final_sigmas_type="zero", algorithm_type="sde-dpmsolver++"), predict, xT, calls)
+
+
 def _diffusers(scheduler, predict, xT, calls):
     scheduler.set_timesteps(calls)
     x = xT
@@ -153,5 +157,6 @@ def k_diffusion_samples(predict, schedule, xT, calls):
     return k_sampling.sample_dpmpp_2m(denoiser, xT / schedule.alpha_bar[-1].sqrt().float(), sigmas, disable=True)
 
 
-QUALITY = {"diffusers, DDIM": diffusers_ddim, "diffusers, DPM-Solver++(2M)": diffusers_dpm_solver, "smalldiffusion, accelerated": smalldiffusion_samples,
+QUALITY = {"diffusers, DDIM": diffusers_ddim, "diffusers, DPM-Solver++(2M)": diffusers_dpm_solver,
+           "diffusers, SDE-DPM-Solver++(2M)": diffusers_sde_dpm_solver, "smalldiffusion, accelerated": smalldiffusion_samples,
            "k-diffusion, DPM-Solver++(2M)": k_diffusion_samples}

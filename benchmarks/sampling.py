@@ -77,6 +77,7 @@ def our_quality(n, real):
 def their_quality(n, real, calls=20):
     net, schedule = pretrained("sprites")
     for name, their_sampler in peers.QUALITY.items():
+        torch.manual_seed(1) # some draw their noise from the global generator
         def draw(i, labels): return their_sampler(predictors(net, schedule, labels), schedule, initial_noise(i, seed=1), calls)
         with torch.no_grad(): row = dict(sampler=name, calls=calls, **judged(draw, n, real))
         print(row, flush=True)
