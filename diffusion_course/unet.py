@@ -68,7 +68,7 @@ def _zero(layer):
 def _check_image(x, in_channels, weight):
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a float tensor, got {_kind(x)}. For pixels in bytes write x.float() / 127.5 - 1.")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and (x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type)): # autocast leaves doubles alone
         raise TypeError(f"x is a tensor of {x.dtype}, and the network's weights are {weight.dtype}. Write x.to({weight.dtype}), "
                         f"or convert the network: net.to({x.dtype}).")
     if x.ndim != 4 or x.shape[1] != in_channels:

@@ -295,6 +295,10 @@ def test_inputs_that_do_not_fit(net, case):
     with pytest.raises(error, match=message): net(*args)
 
 
+def test_doubles_under_autocast(net):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="float64"): net(X.double(), T, C)
+
+
 @pytest.mark.parametrize("config,error,message", [
     (dict(in_channels=0), ValueError, "in_channels is 0.*at least 1"),
     (dict(n_feat=20), ValueError, "n_feat is 20.*multiple of 8"),
