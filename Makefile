@@ -7,8 +7,9 @@ export MPLBACKEND ?= agg
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 ready   := $(VENV)/.ready
-bin     := $(abspath $(VENV))/bin
-py      := $(bin)/python
+# quoted wherever it is used: the path of the repository may hold spaces
+bin     := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin
+py      := "$(bin)/python"
 lessons := $(sort $(wildcard nbs/L*.ipynb))
 
 .PHONY: help setup run test fuzz lab lessons pretrained readme benchmarks dist clean
@@ -28,19 +29,19 @@ run: $(ready) ## run every lesson; notebooks, an animation and a contact sheet l
 	@$(py) tools/showcase.py out
 
 test: $(ready) ## run every cell of every notebook, then the test suite
-	PATH=$(bin):$$PATH OMP_NUM_THREADS=1 $(bin)/nbdev_test --n_workers $(WORKERS) --timing
-	PATH=$(bin):$$PATH OMP_NUM_THREADS=1 $(py) -m pytest -q -n $(WORKERS) --dist loadfile --timeout 900 tests
+	PATH="$(bin):$$PATH" OMP_NUM_THREADS=1 "$(bin)/nbdev_test" --n_workers $(WORKERS) --timing
+	PATH="$(bin):$$PATH" OMP_NUM_THREADS=1 $(py) -m pytest -q -n $(WORKERS) --dist loadfile --timeout 900 tests
 
 fuzz: $(ready) ## try fifty times as many hostile inputs as `make test` does (about an hour)
 	FUZZ=50 OMP_NUM_THREADS=1 $(py) -m pytest -q tests/test_fuzz.py
 
 lab: $(ready) ## open the lessons in Jupyter
-	@cd nbs && MPLBACKEND= $(bin)/jupyter lab
+	@cd nbs && MPLBACKEND= "$(bin)/jupyter" lab
 
 lessons: $(ready) ## export, run all notebooks in place, clean them, rebuild README.md
-	$(bin)/nbdev_export
+	"$(bin)/nbdev_export"
 	$(py) tools/run_lessons.py --progress $(wildcard nbs/toolkit/*.ipynb) $(lessons) $(wildcard nbs/guides/*.ipynb) nbs/index.ipynb
-	$(bin)/nbdev_clean
+	"$(bin)/nbdev_clean"
 	$(MAKE) readme
 
 readme: $(ready) ## README.md from nbs/index.ipynb
@@ -59,8 +60,10 @@ benchmarks: $(ready) $(peers) ## measure again what the benchmark tables say (a 
 	OMP_NUM_THREADS=1 $(py) benchmarks/training.py
 	OMP_NUM_THREADS=1 $(py) benchmarks/sampling.py
 	$(py) tools/run_lessons.py nbs/guides/benchmarks.ipynb
+	"$(bin)/nbdev_clean"
 
 dist: $(ready) ## sdist and wheel into dist/
+	$(py) setup.py -q sdist -d dist
 	$(py) -m pip wheel -q --no-deps -w dist .
 
 clean: ## remove what make made, except .venv

@@ -1,9 +1,11 @@
 "tools/run_lessons.py on tiny notebooks: what it stores, and that it stores nothing when something is wrong."
-import importlib.util, json, os, subprocess, sys
+import base64, importlib.util, io, json, os, subprocess, sys
 from pathlib import Path
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT/'tools/run_lessons.py'
@@ -122,3 +124,17 @@ def test_neighbouring_streams_are_merged():
     def stream(s, name='stdout'): return dict(output_type='stream', name=name, text=[s])
     kept = run_lessons.tidy([stream('1%'), stream('\r2%\n'), stream('oh\n', 'stderr'), stream('  \n')])
     assert [(o['name'], ''.join(o['text'])) for o in kept] == [('stdout', '2%\n'), ('stderr', 'oh\n')]
+
+def test_pictures_are_slimmed_where_nothing_is_lost():
+    def png(pixels):
+        data = io.BytesIO(); Image.fromarray(pixels).save(data, 'PNG', compress_level=0)
+        return base64.b64encode(data.getvalue()).decode()
+    def back(png): return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB'))
+    chart = np.full((200, 200, 4), 255, np.uint8)
+    chart[50:60, :, :3] = np.linspace(0, 255, 200).astype(np.uint8)[:, None] # a line in 200 greys
+    sprites = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    kept = run_lessons.tidy([dict(output_type='display_data', data={'image/png': png(p)}) for p in (chart, sprites)])
+    slim_chart, slim_sprites = (o['data']['image/png'] for o in kept)
+    assert Image.open(io.BytesIO(base64.b64decode(slim_chart))).mode == 'P' and len(slim_chart) < len(png(chart)) / 10
+    assert np.abs(back(slim_chart).astype(int) - chart[..., :3]).max() <= 2
+    np.testing.assert_array_equal(back(slim_sprites), sprites) # 40,000 colours: not one is changed

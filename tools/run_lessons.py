@@ -1,10 +1,12 @@
 """Execute notebooks top to bottom with nbdev's own runner, each in a fresh process and in its own folder, and store tidy outputs.
 A notebook that fails, or that shows where this repository lies on this machine, is named and left as it was; the exit code is then 1."""
-import argparse, json, multiprocessing, os, re, sys, time
+import argparse, base64, io, json, multiprocessing, os, re, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+import numpy as np
 from execnb.shell import CaptureShell, read_nb, write_nb
 from nbdev.config import get_config
+from PIL import Image
 ROOT, WIDGET = Path(__file__).resolve().parents[1], 'application/vnd.jupyter.widget-view+json'
 sys.path.insert(0, str(ROOT))
 def skip(source, flags): return 'nbdev_export(' in source or re.search(rf'^#\| *(eval: *false|{flags})\b', source, re.M)
@@ -18,8 +20,15 @@ def as_terminal(text):
         elif token[:2]=='\x1b[' and token[-1]=='K': rows[row] = rows[row][:col] if token[2:-1] in ('','0') else ''
         else: rows[row], col = rows[row][:col].ljust(col) + token + rows[row][col+len(token):], col+len(token)
     return '\n'.join(r.rstrip() for r in rows)
+def slim(png):
+    "The same picture in fewer bytes: in 256 colours where that is hardly a change, as in charts, which are lines and text"
+    image, data = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB'), io.BytesIO()
+    few = image.quantize(256, dither=Image.Dither.NONE)
+    changed = np.abs(np.asarray(few.convert('RGB'), dtype=int) - np.asarray(image)).max(-1) > 24
+    (few if changed.mean() < 1e-3 else image).save(data, 'PNG', optimize=True)
+    return base64.b64encode(data.getvalue()).decode()
 def tidy(outputs):
-    "Merge neighbouring streams, collapse progress bars, replace live widgets by their still pictures"
+    "Merge neighbouring streams, collapse progress bars, replace live widgets by their still pictures, slim pictures"
     res = []
     for o in outputs:
         widget = o.get('data', {}).pop(WIDGET, None)
@@ -27,6 +36,7 @@ def tidy(outputs):
         elif widget is None or {'image/png','text/html'} & o['data'].keys(): res.append(o)
     for o in res:
         if o['output_type']=='stream': o['text'] = as_terminal(''.join(o['text'])).splitlines(True)
+        if 'image/png' in o.get('data', {}): o['data']['image/png'] = slim(o['data']['image/png'])
     return [o for o in res if o['output_type']!='stream' or ''.join(o['text']).strip()]
 def shows_root(outputs):
     text = json.dumps([{**o, 'data': {k:v for k,v in o.get('data',{}).items() if not k.startswith('image/')}} for o in outputs])
