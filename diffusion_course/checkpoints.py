@@ -9,9 +9,7 @@ __all__ = ['VERSION', 'PRETRAINED', 'CheckpointError', 'save_model', 'load_model
 # %% ../nbs/toolkit/checkpoints.ipynb #4df0269e
 import json
 import math
-import os
 import re
-import secrets
 import warnings
 import zlib
 from contextlib import suppress
@@ -22,12 +20,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .disk import SIGNATURE, remove, write_whole
 from .sampling import Schedule
 from .training import TrainingState
 from .unet import ContextUnet
 
 # %% ../nbs/toolkit/checkpoints.ipynb #fa719e9d
-VERSION = 1         # of our header; a reader refuses what is newer
+VERSION = 2         # of our header; older ones are read, a newer one is refused
 _READERS = {"model": "load_model", "training": "resume_training"}
 
 class CheckpointError(ValueError):
@@ -105,33 +104,6 @@ def _read(path, kind):
     try: return _unpack(path.read_bytes(), kind)
     except ValueError as e: raise CheckpointError(f"{path} {e}.") from e
 
-# %% ../nbs/toolkit/checkpoints.ipynb #edc0138d
-def _write(path, blob):
-    "Put `blob` at `path`, completely or not at all. OSError if that fails; what was at `path` is still there then."
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")   # same folder: a rename cannot cross disks
-    try:
-        with open(temp, "xb") as f:
-            f.write(blob)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temp, path)
-    except OSError as e:
-        raise OSError(e.errno, f"Could not write {path}: {e.strerror or e}. The previous checkpoint is intact. Check "
-                               "that the folder exists, that you may write there and that the disk has room.") from e
-    finally: _remove([temp])            # after success it is gone already
-    _sync_folder(path.parent)
-
-def _remove(paths):
-    for path in paths:
-        with suppress(OSError): path.unlink()   # leftovers are untidy, not wrong: the next save tries again
-
-def _sync_folder(folder):
-    if os.name != "posix": return               # Windows cannot open a folder
-    with suppress(OSError):                     # some network drives cannot sync one; the file itself is safe
-        fd = os.open(folder, os.O_RDONLY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
-
 # %% ../nbs/toolkit/checkpoints.ipynb #9bbb0d1c
 def save_model(
     path: str | Path,                   # name of the file, ending in .safetensors
@@ -159,7 +131,7 @@ def save_model(
                   config=_to_json("config", {**net.config, "predicts": net.predicts}))
     # JSON writes the shortest digits that give the same float64 back, so this is exact
     if schedule is not None: header["schedule"] = json.dumps(schedule.alpha_bar.tolist())
-    _write(path, _pack("model", weights, **header))
+    write_whole(path, _pack("model", weights, **header))
     return path
 
 def _not_finite(tensors): return _few(k for k, x in tensors.items() if x.is_floating_point() and not x.isfinite().all())
@@ -232,9 +204,9 @@ def save_training(
     header = dict(settings=_to_json("setting", state.settings), channels_last=_channels_last(state.tensors))
     blob = _pack("training", tensors, **header)
     dir.mkdir(parents=True, exist_ok=True)
-    _remove(dir.glob(".step-*.tmp"))    # what a killed process left behind
-    _write(path, blob)
-    _remove([p for p in _states(dir) if _step_of(p) <= step][:-keep])
+    remove(dir.glob(f".{SIGNATURE}-*.tmp"))    # what a killed process left behind
+    write_whole(path, blob)
+    remove([p for p in _states(dir) if _step_of(p) <= step][:-keep])
     if (latest := latest_step(dir)) > step:
         warnings.warn(f"{dir} also holds a later step, {latest}: resume_training takes that one. Use a folder for each "
                       "training, or delete the later files.", stacklevel=2)

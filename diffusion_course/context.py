@@ -66,7 +66,8 @@ def with_dropped_context(
 ) -> Callable: # a loss with the same arguments
     "The same loss on contexts of which a share is dropped: what `train` needs for a model that can be guided."
     def dropped(net, x0, context, schedule, *, generator=None):
-        return loss(net, x0, drop_context(context, p, generator), schedule, generator=generator)
+        if context is not None: context = drop_context(context, p, generator)
+        return loss(net, x0, context, schedule, generator=generator)
     return dropped
 
 # %% ../nbs/L3_Context.ipynb #9e0c8c9d

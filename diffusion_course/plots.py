@@ -7,13 +7,15 @@ __all__ = ['PALETTE', 'to_uint8', 'image_grid', 'save_images', 'Plot', 'show_ima
            'loss_curve', 'quality_curve', 'schedule_plot']
 
 # %% ../nbs/toolkit/plots.ipynb #1dfe9f9d
-import base64, html, io, math, os
+import base64, html, io, math
 from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import style
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from .disk import SIGNATURE, write_whole
 
 # %% ../nbs/toolkit/plots.ipynb #9116bf0e
 def to_uint8(images, # float (n, c, h, w) or (c, h, w) in [-1, 1]; or uint8 (n, h, w, c), returned as it is; c is 1 or 3
@@ -68,21 +70,16 @@ def image_grid(images, # what `to_uint8` takes
     return Image.fromarray(_sheet(images, ncols, gap)[0])
 
 # %% ../nbs/toolkit/plots.ipynb #d4fbd832
-def _write_whole(path, data):
-    "Write `data` beside `path` and rename it: a reader sees the old file or the new one, never half of one"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-    return path
+def _saved(path, data): # whole or not at all, in a folder that is made where it is missing
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return write_whole(path, data)
 
 def _png(image):
-    data = io.BytesIO()
-    image.save(data, 'PNG', optimize=True)
+    data, text = io.BytesIO(), PngInfo()
+    text.add_text('Software', SIGNATURE)
+    image.save(data, 'PNG', optimize=True, pnginfo=text)
     return data.getvalue()
+
 
 def save_images(path, # where the PNG goes; missing folders are made
                 images, # what `to_uint8` takes
@@ -93,7 +90,7 @@ def save_images(path, # where the PNG goes; missing folders are made
     if scale != int(scale) or scale < 1: raise ValueError(f'scale is {scale}; expected a whole number of at least 1')
     sheet = image_grid(images, ncols)
     size = sheet.width*int(scale), sheet.height*int(scale)
-    return _write_whole(path, _png(sheet.resize(size, Image.Resampling.NEAREST)))
+    return _saved(path, _png(sheet.resize(size, Image.Resampling.NEAREST)))
 
 # %% ../nbs/toolkit/plots.ipynb #574f0ad4
 # Okabe and Ito's colours, which stay apart for colour-blind readers; their yellow is left out, too faint on white
@@ -175,7 +172,7 @@ class Animation:
     def __init__(self, gif, still, alt, width_px):
         self.gif, self.still, self.alt, self.width_px = gif, still, alt, width_px
 
-    def save(self, path): return _write_whole(path, self.gif)
+    def save(self, path): return _saved(path, self.gif)
     def __repr__(self): return f'Animation({self.alt!r}, {len(self.gif)/1000:.0f} kB)'
     def _repr_html_(self):
         gif, still = (base64.b64encode(data).decode() for data in (self.gif, self.still))
@@ -209,7 +206,7 @@ def animate(frames, # batches of images, one for each frame, each what `to_uint8
         raise ValueError('the frames differ in size; expected the same number of images in each')
     first, *others = _few_colours(sheets)
     data, durations = io.BytesIO(), [1000/fps]*len(others) + [1000*hold]
-    first.save(data, 'GIF', save_all=True, append_images=others, duration=durations, loop=0)
+    first.save(data, 'GIF', save_all=True, append_images=others, duration=durations, loop=0, comment=SIGNATURE.encode())
     return Animation(data.getvalue(), _png(sheets[-1]), alt, width_px or 3*first.width)
 
 # %% ../nbs/toolkit/plots.ipynb #d2456b8c

@@ -8,6 +8,7 @@ __all__ = ['add_noise', 'prediction_target', 'prediction_loss', 'noise_predictio
            'train', 'progress']
 
 # %% ../nbs/L2_Training.ipynb #acf12c9f
+import math
 import os
 import sys
 import time
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .crew import Crew
+from .identity import described, identity
 from .sampling import PREDICTIONS, Schedule, signal_and_noise
 
 # %% ../nbs/L2_Training.ipynb #fbcddeb3
@@ -138,7 +140,7 @@ def ramped_average(
 class TrainingState(NamedTuple):
     "All that decides the rest of a run, ready to be written to disk."
     tensors: dict[str, Tensor] # "net.…", "ema.…" and "optimizer.…", on the CPU
-    settings: dict # plain JSON values: the arguments of `train`, and the step
+    settings: dict # plain JSON values: the arguments of `train`, what tells network, data, schedule and loss from others, and the step
 
 class TrainStep(NamedTuple):
     "What `train` yields after each optimiser step."
@@ -160,8 +162,13 @@ def _checked(settings):
         if settings[name] < 1: raise ValueError(f"{name}={settings[name]}: expected at least 1")
     return settings
 
+def _images_and_context(batch): # a data set may hold images alone
+    if isinstance(batch, Tensor): return batch, None
+    if isinstance(batch, (tuple, list)) and len(batch) in (1, 2) and all(isinstance(x, Tensor) for x in batch): return batch[0], batch[1] if len(batch) == 2 else None
+    raise ValueError(f"a batch of the data set is {described(batch)}: expected the items to be (image, context), two tensors, or images alone")
+
 def _check_finite(step, loss, norm, lr):
-    if torch.isfinite(loss + norm): return
+    if math.isfinite(loss + norm): return
     raise TrainingDiverged(f"step {step}: the loss is {loss:.4g} and the norm of its gradient {norm:.4g}. The weights are those of step {step - 1}; "
                            f"try a smaller lr than {lr:g}, float32 (autocast=False), or look for NaN in the data")
 
@@ -171,9 +178,11 @@ def _pack(net, ema, optimizer, settings):
     return TrainingState({f"{part}.{name}": value.detach().cpu().clone() for part, values in parts.items() for name, value in values.items()}, settings)
 
 def _unpack(state, settings, net, ema, optimizer):
-    changed = {k: (state.settings.get(k), v) for k, v in settings.items() if k != "step" and state.settings.get(k) != v}
+    # what a state of an older version does not hold cannot be compared
+    changed = {k: (state.settings[k], v) for k, v in settings.items() if k != "step" and state.settings.get(k, v) != v}
     if changed:
-        raise ValueError("cannot resume with other settings: " + ", ".join(f"{k} was {old!r} and is now {new!r}" for k, (old, new) in changed.items()))
+        raise ValueError("cannot resume with other settings: " + ", ".join(f"{k} was {old!r} and is now {new!r}" for k, (old, new) in changed.items())
+                         + "; resume with those of before, or begin a new training in another folder")
     def part(name): return {k.removeprefix(name): v for k, v in state.tensors.items() if k.startswith(name)}
     net.load_state_dict(part("net.")); ema.load_state_dict(part("ema."))
     n_parameters = len(optimizer.param_groups[0]["params"])
@@ -183,7 +192,7 @@ def _unpack(state, settings, net, ema, optimizer):
 # %% ../nbs/L2_Training.ipynb #be50f430
 def train(
     net: nn.Module, # trained in place
-    data: Dataset, # of (image, context)
+    data: Dataset, # of (image, context), or of images alone
     schedule: Schedule,
     *,
     steps: int, # optimiser steps in the whole run
@@ -199,8 +208,10 @@ def train(
 ) -> Iterator[TrainStep]:
     """Train `net` and yield after each optimiser step; bars, plots, checkpoints and early stopping are the consumer's. A resumed run continues
     to the bit on the same machine: data order and noise are functions of (seed, step). Several processes share the work (`crew`). Raises
-    TrainingDiverged when a loss or gradient is not finite, before it reaches the weights, and ValueError for settings that make no sense."""
+    TrainingDiverged when a loss or gradient is not finite, before it reaches the weights, and ValueError for settings that make no sense,
+    for data of another kind, and for a `resume` of another run: other settings, network, data, schedule or loss."""
     settings = _checked(dict(step=0, steps=steps, batch_size=batch_size, lr=lr, ema=ema, clip=clip, seed=seed, T=schedule.T, images=len(data)))
+    settings |= identity(net, data, schedule, loss)
     device = torch.device(device) if device else best_device()
     dtype = fast_dtype(device) if autocast in (None, True) else autocast or None
     net.to(device).train()
@@ -210,18 +221,21 @@ def train(
     crew = Crew(net, {**settings, "step": first}) # this process alone, unless a launcher started several
     batches = DataLoader(data, batch_sampler=shuffled_batches(len(data), batch_size, steps, seed=seed, start=first), generator=_seeded(seed))
     start = time.perf_counter()
-    for step, (x0, context) in enumerate(batches, first + 1):
+    for step, batch in enumerate(batches, first + 1):
+        x0, context = _images_and_context(batch)
         optimizer.param_groups[0]["lr"] = lr * warmup_then_decay(step - 1, steps)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            value = loss(crew.share(net), x0.to(device), context.to(device), schedule, generator=_seeded(seed, 1, step))
+            value = loss(crew.share(net), x0.to(device), context if context is None else context.to(device), schedule, generator=_seeded(seed, 1, step))
         optimizer.zero_grad()
         value.backward()
         crew.sum_gradients(net)
-        _check_finite(step, value, nn.utils.clip_grad_norm_(net.parameters(), clip), lr)
+        norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
+        value, norm = torch.stack([value.detach().to(norm), norm]).tolist() # the only time that a step waits for the device
+        _check_finite(step, value, norm, lr)
         optimizer.step()
         average.update_parameters(net)
         seconds = time.perf_counter() - start
-        yield from crew.report(TrainStep(step, value.item(), optimizer.param_groups[0]["lr"], seconds, (step - first) * batch_size / seconds, net, average.module,
+        yield from crew.report(TrainStep(step, value, optimizer.param_groups[0]["lr"], seconds, (step - first) * batch_size / seconds, net, average.module,
                                          partial(_pack, net, average, optimizer, {**settings, "step": step})))
     crew.leave()
 
