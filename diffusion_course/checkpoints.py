@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'MARK', 'PRETRAINED', 'CheckpointError', 'save_model', 'load_model', 'latest_step', 'save_training',
-           'resume_training', 'claim_training', 'remove_training', 'pretrained']
+           'resume_training', 'claim_training', 'remove_training', 'pretrained_file', 'pretrained']
 
 # %% ../nbs/toolkit/checkpoints.ipynb #4df0269e
 import json
@@ -13,7 +13,7 @@ import re
 import warnings
 import zlib
 from contextlib import suppress
-from importlib.resources import as_file, files
+from importlib.resources import files
 from pathlib import Path
 
 import safetensors.torch
@@ -277,16 +277,22 @@ def remove_training(
 # %% ../nbs/toolkit/checkpoints.ipynb #12e58e9a
 PRETRAINED = files("diffusion_course") / "pretrained"
 
+def pretrained_file(
+    name: str,          # which one
+) -> Path:              # its file in the installed package
+    "The file of a network that comes with the package. ValueError for an unknown name; it lists those that are there."
+    folder = PRETRAINED.iterdir() if PRETRAINED.is_dir() else []
+    found = {f.name.removesuffix(".safetensors"): f for f in folder if f.name.endswith(".safetensors") and _draws(f)}
+    if name not in found: raise ValueError(f"no pretrained {name!r}; we have: {', '.join(sorted(found)) or 'none'}")
+    return found[name]
+
+def _draws(file): # a model of ours, and not, say, the network that judges
+    with file.open("rb") as f: return b"diffusion_course model" in f.read(2**16)
+
 def pretrained(
     name: str = "sprites",              # which one
 ) -> tuple[ContextUnet, Schedule]:      # the network in eval mode on the CPU, and the schedule it was trained with
     "A network that comes with the package. ValueError for an unknown name; it lists those that are there."
-    folder = PRETRAINED.iterdir() if PRETRAINED.is_dir() else []
-    found = {f.name.removesuffix(".safetensors"): f for f in folder if f.name.endswith(".safetensors") and _draws(f)}
-    if name not in found: raise ValueError(f"no pretrained {name!r}; we have: {', '.join(sorted(found)) or 'none'}")
-    with as_file(found[name]) as path: net, metadata = load_model(path)
+    net, metadata = load_model(pretrained_file(name))
     if "schedule" not in metadata: raise CheckpointError(f"The pretrained {name!r} was saved without a schedule.")
     return net, metadata["schedule"]
-
-def _draws(file): # a model of ours, and not, say, the network that judges
-    with file.open("rb") as f: return b"diffusion_course model" in f.read(2**16)
