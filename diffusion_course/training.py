@@ -247,6 +247,7 @@ def train(
     start = time.perf_counter()
     for step, batch in enumerate(batches, first + 1):
         x0, context = _images_and_context(batch)
+        if step == first + 1: check_range(x0)
         optimizer.param_groups[0]["lr"] = lr * warmup_then_decay(step - 1, steps)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             value = loss(crew.share(net), x0.to(device), context if context is None else context.to(device), schedule, generator=_seeded(seed, 1, step))
