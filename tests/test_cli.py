@@ -2,9 +2,11 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ from conftest import ROOT
 from PIL import Image
 
 from diffusion_course import cli
+from diffusion_course.arguments import SAMPLERS
 from diffusion_course.checkpoints import load_model, save_model
 from diffusion_course.context import one_hot
-from diffusion_course.fast_sampling import ddim
+from diffusion_course.fast_sampling import ddim, dpmpp_2m
 from diffusion_course.plots import save_images
 from diffusion_course.sampling import Schedule, clipped, predictor, sample
 from diffusion_course.unet import ContextUnet
@@ -54,7 +57,15 @@ def test_sample_is_sample(here, small):
     x = sample(clipped(predictor(net, about["schedule"], one_hot("food")), about["schedule"]), about["schedule"], 3, sampler=ddim, steps=4, seed=5)
     assert Path("x.png").read_bytes() == save_images(here / "y.png", x, ncols=8).read_bytes()
 
-@pytest.mark.parametrize("sampler", cli.SAMPLERS)
+def test_the_default_is_what_drew_best(here, small):
+    "DPM-Solver++(2M) with fresh noise in 20 calls, not the deterministic walk."
+    assert run("sample", "food", "--n", 3, "--model", small, "--out", "x.png") == 0
+    net, about = load_model(small)
+    predict = clipped(predictor(net, about["schedule"], one_hot("food")), about["schedule"])
+    x = sample(predict, about["schedule"], 3, sampler=partial(dpmpp_2m, eta=1.0), steps=20)
+    assert Path("x.png").read_bytes() == save_images(here / "y.png", x, ncols=8).read_bytes()
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("context", ["none", "hero=1,food=0.6", "side-facing"])
 def test_every_sampler_and_kind_of_context(here, small, sampler, context):
     assert run("sample", context, "--n", 2, "--sampler", sampler, "--steps", 3, "--guidance", 2, "--model", small, "--out", "made/x y ü.png") == 0
@@ -129,7 +140,206 @@ def test_mistakes_in_train(here, capsys, argv, words):
     assert run(*TRAIN, *argv) == 2 and words in one_line(capsys) and not list(here.iterdir())
 
 
-# --- evaluate, lessons ---
+def pictures(folder, names, n=6, size=16):
+    for k, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(n): Image.new("RGB", (size, size), (40 * k % 256, 5 * i % 256, 99 + i // 50)).save(folder / name / f"{i}.png")
+
+QUICK = ["--steps", 2, "--batch-size", 4, "--n-feat", 8, "--size", 8, "--device", "cpu"]
+
+def test_a_foreign_working_folder_is_refused_and_nothing_is_lost(here, capsys):
+    "The folder of the data would be the folder of the training, which is removed at the end."
+    pictures(here / "pets.training", ["cats"])
+    before = {p: p.read_bytes() for p in here.rglob("*.png")}
+    assert run("train", "--data", "pets.training", "--out", "pets.safetensors", *QUICK) == 2 and "pets.training" in one_line(capsys)
+    assert {p: p.read_bytes() for p in here.rglob("*.png")} == before and not Path("pets.safetensors").exists()
+    assert run("train", "--data", "pets.training", "--out", "other.safetensors", *QUICK) == 0, "the advice: another name"
+
+def test_notes_in_the_working_folder_stay(here, capsys):
+    assert run(*TRAIN, "--steps", 2) == 0 and not Path("model.training").exists()
+    Path("model.training").mkdir()
+    Path("model.training/notes.txt").write_text("mine")
+    assert run(*TRAIN, "--steps", 2) == 2 and "notes.txt" in one_line(capsys)
+    assert Path("model.training/notes.txt").read_text() == "mine"
+
+def test_notes_that_come_later_stay_too(here, capsys, monkeypatch):
+    from diffusion_course import checkpoints
+    save = checkpoints.save_training
+    def save_and_note(folder, *args, **kwargs):
+        (Path(folder) / "notes.txt").write_text("mine")
+        return save(folder, *args, **kwargs)
+    monkeypatch.setattr(checkpoints, "save_training", save_and_note)
+    assert run(*TRAIN, "--steps", 2) == 0
+    assert [p.name for p in Path("model.training").iterdir()] == ["notes.txt"] and "notes.txt" in capsys.readouterr().out
+
+@pytest.mark.parametrize("out, argv", [("x.png", ["sample", "hero"]), ("x.gif", ["sample", "hero"]), ("x.safetensors", [*TRAIN, "--steps", 2]),
+                                       ("x.samples.png", [*TRAIN, "--steps", 2])], ids=str)
+def test_a_file_of_somebody_else_is_not_overwritten(here, small, capsys, out, argv):
+    Path(out).write_bytes(b"a photo of mine")
+    target = out.replace(".samples.png", ".safetensors")
+    assert run(*argv, "--out", target, *(["--model", small] if argv[0] == "sample" else [])) == 2
+    said = one_line(capsys)
+    assert out in said and Path(out).read_bytes() == b"a photo of mine" and not Path("x.training").exists()
+
+def test_our_own_files_may_be_written_again(here, small):
+    for _ in range(2):
+        assert run("sample", "hero", "--n", 1, "--steps", 2, "--model", small) == 0
+        assert run("sample", "hero", "--n", 1, "--steps", 2, "--model", small, "--out", "x.gif") == 0
+        assert run(*TRAIN, "--steps", 2) == 0
+
+def test_data_in_the_folder_where_the_model_goes(here):
+    "The working folder is no class, also after a crash; nor are the sheet of samples and the model pictures of the set."
+    pictures(here, ["cats", "dogs"])
+    argv = ["train", "--data", ".", "--out", "mine.safetensors", *QUICK]
+    stopping = "import sys, os; import diffusion_course.train_command as t; f = t._run\ndef die(bar, sampler, folder, *rest):\n    for step in bar: rest[-1](folder, step.state()); os._exit(9)\nt._run = die\nfrom diffusion_course.cli import main; main()"
+    assert subprocess.run([sys.executable, "-c", stopping, *map(str, argv)], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 9
+    assert list(Path("mine.training").glob("step-*"))
+    assert run(*argv, "--resume") == 0
+    assert load_model("mine.safetensors")[1]["classes"] == ["cats", "dogs"] and Path("mine.samples.png").exists()
+    assert run(*argv[:3], "--out", "again.safetensors", *QUICK) == 0
+    assert load_model("again.safetensors")[1]["classes"] == ["cats", "dogs"]
+
+@pytest.mark.parametrize("change, word", [(["--predicts", "eps"], "network"), (["--n-feat", 16], "network"), (["--channels", 1], "image_shape|network"),
+                                          (["--size", 16], "network|image_shape"), (["--drop", 0.3], "loss"), (["--lr", 0.1], "lr"), (["--seed", 4], "seed"),
+                                          (["--data", "same-count"], "data"), (["--data", "other-names"], "classes"), (["--mirror"], "images"), (["--batch-size", 3], "batch_size")], ids=str)
+def test_a_resumed_run_names_what_differs(here, capsys, change, word):
+    pictures(here / "pets", ["cats", "dogs"]); pictures(here / "other-names", ["cats", "wolves"])
+    pictures(here / "same-count", ["cats", "dogs"])
+    Image.new("RGB", (16, 16), "lime").save(here / "same-count" / "dogs" / "3.png")
+    stop = "import sys; import diffusion_course.train_command as t; f = t._Interrupted.__bool__; t._Interrupted.__bool__ = lambda s: True\nfrom diffusion_course.cli import main; sys.exit(main())"
+    argv = ["train", "--data", "pets", "--steps", "6", *map(str, QUICK[2:])]
+    assert subprocess.run([sys.executable, "-c", stop, *argv], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True).returncode == 130
+    kept = {p: p.read_bytes() for p in Path("model.training").iterdir()}
+    assert run(*argv, "--resume", *change) == 2
+    said = one_line(capsys)
+    assert re.search(rf"cannot resume with other settings: .*({word}) was", said), said
+    assert {p: p.read_bytes() for p in Path("model.training").iterdir()} == kept
+    assert run(*argv, "--resume") == 0
+
+@pytest.mark.parametrize("device", ["cuda", "mps", "gpu", "cuda:7", "meta"])
+def test_a_device_that_is_not_there_is_one_line_before_the_work(here, capsys, device):
+    if device == "cuda" and torch.cuda.is_available() or device == "mps" and torch.backends.mps.is_available(): pytest.skip("it is there")
+    assert run("train", "--data", "nowhere", "--device", device) == 2
+    said = one_line(capsys)
+    assert f"--device {device}" in said and "cpu" in said and not list(here.iterdir())
+
+def test_existing_folders_win_over_keywords_and_commas(here):
+    for name in ("sprites", "cats, dogs"):
+        pictures(here / name, ["wolf"])
+        assert run("train", "--data", name, *QUICK) == 0
+        assert load_model("model.safetensors")[1]["classes"] == ["wolf"], name
+
+@pytest.mark.parametrize("name", ["none", "salt,pepper", "a=b", "10", "-x", "--model", "two words", "it's", "Käse", "猫", "$HOME", "a;b"])
+def test_every_class_can_be_asked_for_and_the_suggestion_works(here, capsys, name):
+    pictures(here / "set", ["zebra", name]) if name > "zebra" else pictures(here / "set", [name, "zebra"])
+    assert run("train", "--data", "set", *QUICK) == 0
+    offered = capsys.readouterr().out.split("try  ")[1].strip()
+    words = shlex.split(offered)
+    first = load_model("model.safetensors")[1]["classes"][0]
+    assert words[:2] == ["diffusion-course", "sample"] and words[-1] == first
+    assert run(*words[1:]) == 0
+    asked = Path("sprites.png").read_bytes()
+    position = load_model("model.safetensors")[1]["classes"].index(name if name != "Käse" else "K\u00e4se")
+    assert run("sample", "--model", "model.safetensors", "--out", "a.png", "--", name) == 0
+    net, about = load_model("model.safetensors")
+    x = sample(clipped(predictor(net, about["schedule"], torch.eye(2)[[position]]), about["schedule"]), about["schedule"], 16, sampler=partial(dpmpp_2m, eta=1.0), steps=20, shape=(3, 8, 8))
+    assert Path("a.png").read_bytes() == save_images(here / "b.png", x, ncols=8).read_bytes()
+
+def test_a_model_without_labels_refuses_a_class(here, capsys):
+    pictures(here / "set", ["."] if False else ["only"])
+    assert run("train", "--data", "set/only", *QUICK) == 0
+    assert capsys.readouterr().out.strip().endswith("none")
+    assert run("sample", "dragon", "--model", "model.safetensors") == 2
+    assert "none" in one_line(capsys) and not Path("sprites.png").exists()
+    assert run("sample", "none", "--model", "model.safetensors") == 0
+    assert run("info", "model.safetensors") == 0 and "without classes" in capsys.readouterr().out
+
+def test_numbers_are_classes_too(here, small):
+    assert run("sample", 0, "--n", 2, "--steps", 2, "--model", small, "--out", "number.png") == 0
+    assert run("sample", "hero", "--n", 2, "--steps", 2, "--model", small, "--out", "name.png") == 0
+    assert Path("number.png").read_bytes() == Path("name.png").read_bytes()
+
+def test_a_model_without_class_names_offers_numbers(here, capsys):
+    save_model("old.safetensors", ContextUnet(n_feat=8, n_context=3), schedule=Schedule.cosine(50))
+    assert run("sample", 5, "--model", "old.safetensors") == 2 and "0, 1, 2" in one_line(capsys)
+    assert run("sample", 2, "--n", 1, "--steps", 2, "--model", "old.safetensors") == 0
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_terminal_that_cannot_print_a_name_is_no_error(here, encoding):
+    pictures(here / "set", ["猫", "собака"])
+    code = "import sys; from diffusion_course.cli import main; sys.exit(main())"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C"}
+    def start(*argv): return subprocess.run([sys.executable, "-c", code, *map(str, argv)], env=env, capture_output=True)
+    done = start("train", "--data", "set", *QUICK)
+    assert done.returncode == 0 and Path("model.safetensors").exists(), done.stderr
+    done = start("sample", "猫", "--n", 1, "--steps", 2, "--model", "model.safetensors")
+    assert done.returncode == 0 and Path("sprites.png").exists() and (b"\\u732b" in done.stdout or encoding == "utf-8"), done.stderr
+    done = start("sample", "狗", "--model", "model.safetensors")
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+
+def test_a_reader_who_goes_away_is_no_error(here, small):
+    code = "import sys; from diffusion_course.cli import main; sys.exit(main())"
+    p = subprocess.run(f"{sys.executable} -c {shlex.quote(code)} info --model {small} | true; exit ${{PIPESTATUS[0]}}", shell=True, executable="/bin/bash",
+                       env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert "Traceback" not in p.stderr and p.returncode == 0
+
+@pytest.mark.parametrize("name, words", [("weights.pth", "pickle"), ("features", "sprites"), ("gone.pt", "gone.pt"), ("text.safetensors", "not a safetensors|is a|damaged|cut short")])
+def test_what_is_no_model_is_named(here, capsys, name, words):
+    if name == "weights.pth": torch.save({"w": torch.ones(3)}, name)
+    if name == "text.safetensors": Path(name).write_text("hello")
+    assert run("sample", "hero", "--model", name) == 2
+    said = one_line(capsys)
+    assert re.search(words, said) and "features" not in said.replace("'features'", ""), said
+
+def test_samples_are_shown_on_the_way(here, capsys):
+    pictures(here / "pets", ["cats", "dogs"])
+    seen = {}
+    from diffusion_course import checkpoints
+    remove = checkpoints.remove_training
+    def look(folder): seen.update({p.name: Image.open(p).size for p in Path(folder).glob("samples-*.png")}); return remove(folder)
+    checkpoints.remove_training = look
+    try: assert run("train", "--data", "pets", *QUICK[2:], "--steps", 5, "--every", 2) == 0
+    finally: checkpoints.remove_training = remove
+    assert sorted(seen) == [f"samples-{i:08d}.png" for i in (2, 4, 5)]
+    width, height = seen["samples-00000002.png"]
+    assert Image.open("model.samples.png").size == (width, 3 * height)
+    said = capsys.readouterr().out
+    assert "12 images in 2 classes" in said and "about" in said and "model.samples.png" in said
+
+def test_a_run_that_ended_before_its_model_was_written_can_be_resumed(here):
+    "The last checkpoint was saved, the model was not: the disk was full, say."
+    argv = [*TRAIN, "--steps", "4", "--every", "2", "--out", "m.safetensors"]
+    stop = "import sys, os; import diffusion_course.checkpoints as c; c.save_model = lambda *a, **k: os._exit(9)\nfrom diffusion_course.cli import main; main()"
+    assert subprocess.run([sys.executable, "-c", stop, *argv], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True).returncode == 9
+    assert run(*argv, "--resume") == 0
+    assert run(*argv[:-1], "whole.safetensors") == 0
+    assert all(torch.equal(a, b) for a, b in zip(weights("m.safetensors").values(), weights("whole.safetensors").values()))
+
+@pytest.mark.parametrize("argv", [["--size", 18], ["--size", 4], ["--size", 1024], ["--every", 0], ["--seed", -1], ["--steps", -3]], ids=str)
+def test_more_mistakes_in_train(here, capsys, argv):
+    assert run(*TRAIN, *argv) == 2 and argv[0] in one_line(capsys) and not list(here.iterdir())
+
+
+# --- info, evaluate, lessons ---
+
+def test_info_says_what_a_model_draws(here, capsys):
+    pictures(here / "pets", ["cats", "dogs"])
+    assert run("train", "--data", "pets", *QUICK) == 0 and capsys.readouterr()
+    assert run("info", "model.safetensors") == 0
+    said = capsys.readouterr().out
+    for word in ("cats, dogs", "8 x 8", "colour", "pets", "predicts v", "T = 500", "12 images in 2 classes", "diffusion-course sample"): assert word in said, word
+    assert run("info") == 0
+    said = capsys.readouterr().out
+    for word in ("hero, non-hero", "16 x 16", "kid"): assert word in said, word
+
+def test_memory_of_ten_thousand_sprites(here, small):
+    "Drawn in batches: below 700 MB, and the first of them are those of a small call."
+    code = "import sys, resource; from diffusion_course.cli import main; print(main()); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    def start(n, out): return subprocess.run([sys.executable, "-c", code, "sample", "hero", "--n", str(n), "--steps", "1", "--model", small, "--out", out, "--ncols", "100"],
+                                             env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True).stdout.split()
+    *_, code_, peak = start(10_000, "many.png")
+    assert code_ == "0" and int(peak) < 700 * 1024, f"{int(peak) / 1024:.0f} MB"
+
 
 def test_evaluate_prints_the_metrics(here, small, capsys):
     assert run("evaluate", "--model", small, "--n", 70, "--steps", 2) == 0
