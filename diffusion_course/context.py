@@ -12,7 +12,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .sampling import Prediction
+from .sampling import Prediction, send, wrapping
 from .sprites import CLASSES
 
 # %% ../nbs/L3_Context.ipynb #b8d82f04
@@ -58,7 +58,7 @@ def drop_context(
     if not (isinstance(p, Real) and 0 <= p <= 1): raise ValueError(f"p={p!r}: expected a probability, 0 … 1")
     if context.ndim != 2: raise ValueError(f"context has shape {tuple(context.shape)}: expected (n, n_context), one row per image")
     keep = torch.rand(len(context), 1, generator=generator) >= p
-    return context * keep.to(context)
+    return context * send(keep.to(context.dtype), context.device)
 
 def with_dropped_context(
     loss: Callable, # loss(net, x0, context, schedule, generator=…) -> scalar
@@ -66,7 +66,8 @@ def with_dropped_context(
 ) -> Callable: # a loss with the same arguments
     "The same loss on contexts of which a share is dropped: what `train` needs for a model that can be guided."
     def dropped(net, x0, context, schedule, *, generator=None):
-        return loss(net, x0, drop_context(context, p, generator), schedule, generator=generator)
+        if context is not None: context = drop_context(context, p, generator)
+        return loss(net, x0, context, schedule, generator=generator)
     return dropped
 
 # %% ../nbs/L3_Context.ipynb #9e0c8c9d
@@ -86,4 +87,4 @@ def guided(
         without, with_ = uncond(xt, t), cond(xt, t)
         # eps = eps_uncond + scale (eps_cond - eps_uncond); x0 likewise, so the pair stays consistent
         return Prediction(*(u + scale * (c - u) for u, c in zip(without, with_)))
-    return predict
+    return wrapping(predict, lambda c, u: guided(c, u, scale), cond, uncond)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checkpoints import CheckpointError
-from .checkpoints import _checksum, _dense, _diagnose, _misfits, _not_finite, _pack, _split, _to_json, _write
+from .checkpoints import _checksum, _dense, _diagnose, _misfits, _not_finite, _pack, _split, _to_json
+from .disk import write_whole
 from .metrics import FeatureNet
 
 # %% ../nbs/toolkit/judge.ipynb #5ee63401
@@ -194,9 +195,8 @@ def save_judge(
     if not isinstance(judge, FeatureNet): raise TypeError(f"judge is {judge!r:.60}, expected what fit_judge gives.")
     tensors = {name: _dense(name, x) for name, x in judge.state_dict().items()}
     if bad := _not_finite(tensors): raise ValueError(f"Nothing saved: {bad} NaN or infinite.")
-    _write(path, _pack("judge", tensors, config=_to_json("config", judge.config),
-                       about=_to_json("about", {**judge.about, **about})))
-    return path
+    return write_whole(path, _pack("judge", tensors, config=_to_json("config", judge.config),
+                                   about=_to_json("about", {**judge.about, **about})))
 
 def load_judge(
     path: str | Path,       # what save_judge wrote

@@ -65,7 +65,7 @@ def _zero(layer):
     return layer
 
 # %% ../nbs/toolkit/unet.ipynb #e9ebd125
-def _check_image(x, in_channels, weight):
+def _check_image(x, in_channels, depth, weight):
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a float tensor, got {_kind(x)}. For pixels in bytes write x.float() / 127.5 - 1.")
     if x.dtype != weight.dtype and (x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type)): # autocast leaves doubles alone
@@ -74,9 +74,10 @@ def _check_image(x, in_channels, weight):
     if x.ndim != 4 or x.shape[1] != in_channels:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (n, {in_channels}, height, width).")
     h, w = x.shape[2:]
-    if h % 4 or w % 4 or not h or not w:
-        raise ValueError(f"x is {h} x {w} pixels, but the network halves an image twice: height and width must be "
-                         "multiples of 4. Pad or crop the images to a multiple of 4.")
+    unit, often = 2**depth, {1: "once", 2: "twice"}.get(depth, f"{depth} times")
+    if h % unit or w % unit or not h or not w:
+        raise ValueError(f"x is {h} x {w} pixels, but the network halves an image {often}: height and "
+                         f"width must be multiples of {unit}. Pad or crop the images to a multiple of {unit}.")
 
 
 def _check_time(t, n):
@@ -109,7 +110,7 @@ def _kind(x): return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"{t
 
 # %% ../nbs/toolkit/unet.ipynb #2a3b0cd6
 class ContextUnet(nn.Module):
-    """A U-Net with three resolutions that predicts `eps`, `x0` or `v` from a noisy image, its time and a context.
+    """A U-Net that predicts `eps`, `x0` or `v` from a noisy image, its time and a context, at `depth` + 1 resolutions.
 
     Raises ValueError or TypeError for constructor arguments and inputs that do not fit; the message says what to do."""
 
@@ -118,46 +119,51 @@ class ContextUnet(nn.Module):
         n_feat: int = 32,           # channels at full resolution; twice and four times as many below. A multiple of 8
         n_context: int = 5,         # width of a context vector; 0 for a network without context
         predicts: str = "eps",      # what the output means: "eps", "x0" or "v"
+        depth: int = 2,             # how often an image is halved, 1 ... 6: 2 for 16 x 16 pixels, 3 for 32 x 32
     ):
         super().__init__()
-        self.config = dict(in_channels=in_channels, n_feat=n_feat, n_context=n_context, predicts=predicts)
+        self.config = dict(in_channels=in_channels, n_feat=n_feat, n_context=n_context, predicts=predicts, depth=depth)
         _check_config(**self.config)
         self.predicts, d = predicts, 4 * n_feat
-        c1, c2, c3 = n_feat, 2 * n_feat, 4 * n_feat     # channels at full, half and quarter resolution
+        c = [n_feat, 2 * n_feat] + [4 * n_feat] * (depth - 1)   # channels at full, half, quarter ... resolution
 
         self.time_embedding = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
         # no bias: a context of zeros adds nothing, so it means the same as no context
         self.context_embedding = nn.Linear(n_context, d, bias=False) if n_context else None
 
-        self.stem = nn.Conv2d(in_channels, c1, 3, padding=1)
-        self.down1 = ResBlock(c1, c1, d)
-        self.down2 = ResBlock(c1, c2, d)
-        self.middle1 = ResBlock(c2, c3, d)
-        self.middle2 = ResBlock(c3, c3, d)
-        self.middle3 = ResBlock(c3, c3, d)
-        self.grow2 = _grow(c3, c2)
-        self.up2 = ResBlock(c2 + c2, c2, d)
-        self.grow1 = _grow(c2, c1)
-        self.up1 = ResBlock(c1 + c1, c1, d)
-        self.out = nn.Sequential(nn.GroupNorm(GROUPS, c1), nn.SiLU(), _zero(nn.Conv2d(c1, in_channels, 3, padding=1)))
+        self.stem = nn.Conv2d(in_channels, c[0], 3, padding=1)
+        for k in range(1, depth + 1):           # down1, down2, ...
+            self.add_module(f"down{k}", ResBlock(c[max(k - 2, 0)], c[k - 1], d))
+        self.middle1 = ResBlock(c[-2], c[-1], d)
+        self.middle2 = ResBlock(c[-1], c[-1], d)
+        self.middle3 = ResBlock(c[-1], c[-1], d)
+        for k in range(depth, 0, -1):           # ..., grow2 and up2, grow1 and up1
+            self.add_module(f"grow{k}", _grow(c[k], c[k - 1]))
+            self.add_module(f"up{k}", ResBlock(2 * c[k - 1], c[k - 1], d))
+        last = _zero(nn.Conv2d(c[0], in_channels, 3, padding=1))
+        self.out = nn.Sequential(nn.GroupNorm(GROUPS, c[0]), nn.SiLU(), last)
 
     def forward(self,
-        x: Tensor,                      # (n, in_channels, H, W) float, H and W multiples of 4
+        x: Tensor,                      # (n, in_channels, H, W) float, H and W multiples of 2^depth
         t: Tensor,                      # (n,) integer times 0 ... T
         context: Tensor | None = None,  # (n, n_context) float; None and rows of zeros mean "no context"
     ) -> Tensor:                        # same shape as x
-        _check_image(x, self.config["in_channels"], self.stem.weight)
+        depth = self.config["depth"]
+        _check_image(x, self.config["in_channels"], depth, self.stem.weight)
         _check_time(t, len(x))
         _check_context(context, len(x), self.config["n_context"])
         _check_device(self.stem.weight.device, x=x, t=t, context=context)
 
         cond = self.condition(t, context, x.dtype)
-        h1 = self.down1(self.stem(x), cond)
-        h2 = self.down2(F.avg_pool2d(h1, 2), cond)
-        h = self.middle1(F.avg_pool2d(h2, 2), cond)
-        h = self.middle3(self.middle2(h, cond), cond)
-        h = self.up2(torch.cat([self.grow2(h), h2], dim=1), cond)       # h2 and h1 are the skip connections:
-        h = self.up1(torch.cat([self.grow1(h), h1], dim=1), cond)       # fine detail goes around the bottleneck
+        h, skips = self.stem(x), []
+        for k in range(1, depth + 1):
+            h = getattr(self, f"down{k}")(h, cond)
+            skips.append(h)                 # the skip connections: fine detail goes around the bottleneck
+            h = F.avg_pool2d(h, 2)
+        h = self.middle3(self.middle2(self.middle1(h, cond), cond), cond)
+        for k in range(depth, 0, -1):
+            h = torch.cat([getattr(self, f"grow{k}")(h), skips.pop()], dim=1)
+            h = getattr(self, f"up{k}")(h, cond)
         return self.out(h)
 
     def condition(self,
@@ -177,13 +183,15 @@ def _grow(c_in, c_out):
     return nn.Sequential(nn.Conv2d(c_in, c_out, 1), nn.Upsample(scale_factor=2, mode="nearest"))
 
 
-def _check_config(in_channels, n_feat, n_context, predicts):
-    for name, value, low in [("in_channels", in_channels, 1), ("n_feat", n_feat, GROUPS), ("n_context", n_context, 0)]:
+def _check_config(in_channels, n_feat, n_context, predicts, depth):
+    least = dict(in_channels=(in_channels, 1), n_feat=(n_feat, GROUPS), n_context=(n_context, 0), depth=(depth, 1))
+    for name, (value, low) in least.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an int, got {value!r}.")
         if value < low: raise ValueError(f"{name} is {value}; it must be at least {low}.")
     if n_feat % GROUPS:
         raise ValueError(f"n_feat is {n_feat}; it must be a multiple of {GROUPS}, the number of norm groups.")
+    if depth > 6: raise ValueError(f"depth is {depth}; it must be at most 6, for images of 256 x 256 pixels.")
     if predicts not in PREDICTIONS:
         raise ValueError(f"predicts is {predicts!r}; choose one of {', '.join(PREDICTIONS)}.")
 

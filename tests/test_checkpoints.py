@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from diffusion_course import checkpoints
+from diffusion_course import checkpoints, disk
 from diffusion_course.checkpoints import (CheckpointError, latest_step, load_model, pretrained, resume_training, save_model,
                                           save_training)
 from diffusion_course.sampling import Schedule
@@ -92,7 +92,7 @@ def test_same_content_same_bytes(tmp_path):
 def test_header_is_readable_by_anyone(tmp_path):
     path = save_model(tmp_path / "m.safetensors", small_net(predicts="v"), epochs=3)
     with safetensors.safe_open(path, "pt") as f: header = f.metadata()
-    assert header["format"] == "diffusion_course model 1" and header["model"] == "ContextUnet" and header["predicts"] == "v"
+    assert header["format"] == "diffusion_course model 2" and header["model"] == "ContextUnet" and header["predicts"] == "v"
     assert json.loads(header["config"])["n_feat"] == 8 and json.loads(header["metadata"]) == {"epochs": 3}
 
 def test_loading_draws_no_random_numbers(tmp_path):
@@ -160,7 +160,7 @@ BROKEN = {
     "no metadata": (raw({}), "of another program"),
     "null metadata": (raw({"__metadata__": None}), "of another program"),
     "other program": (safetensors.torch.save({"w": torch.ones(2)}, {"format": "pt"}), "of another program"),
-    "newer": (with_format("diffusion_course model 2", pack()), "newer.*upgrade"),
+    "newer": (with_format("diffusion_course model 3", pack()), "newer.*upgrade"),
     "training state": (checkpoints._pack("training", {}, settings="{}", channels_last="[]"), "use resume_training"),
     "no checksum": (safetensors.torch.save({}, {"format": "diffusion_course model 1"}), "checksum"),
     "other numbers": (with_format("diffusion_course model 1", pack()).replace(small_net().stem.bias.detach().numpy().tobytes(), b"\0" * 32), "checksum"),
@@ -310,7 +310,7 @@ def test_damaged_newest_names_the_good_one(tmp_path):
 
 def test_leftovers_of_a_killed_save_are_ignored_then_cleared(tmp_path):
     save_training(tmp_path, state(1))
-    for name in [".step-00000002.safetensors.0badcafe.tmp", ".step-00000001.safetensors.12345678.tmp"]: (tmp_path / name).write_bytes(b"half")
+    for name in [".diffusion_course-0badcafe.tmp", ".diffusion_course-12345678.tmp"]: (tmp_path / name).write_bytes(b"half")
     (tmp_path / ".other.tmp").write_text("not ours")
     assert step_of(resume_training(tmp_path)) == 1 and latest_step(tmp_path) == 1
     save_training(tmp_path, state(2))
@@ -371,7 +371,8 @@ MOMENTS = {"before writing": ("open", die), "half written": ("open", HalfWritten
 def test_killed_at_each_moment(tmp_path, place, crash):
     save_training(tmp_path, state(1))
     old = save_model(tmp_path / "m.safetensors", small_net(1)).read_bytes()
-    target, name = (checkpoints.os, place.removeprefix("os.")) if place.startswith("os.") else (checkpoints, place)
+    owner = {"os.": os, "_st": checkpoints}.get(place[:3], disk)
+    target, name = owner, place.removeprefix("os.")
     def work(save):
         setattr(target, name, crash)                               # in the child only
         save()
@@ -437,7 +438,7 @@ def test_disk_full_simulated(saved, monkeypatch, number, place):
 def test_disk_full_while_writing(saved, monkeypatch):
     class Full(HalfWritten):
         def write(self, blob): self.file.write(blob[:100]); raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(checkpoints, "open", Full, raising=False)
+    monkeypatch.setattr(disk, "open", Full, raising=False)
     check_refused(saved, errno.ENOSPC)
 
 @posix
@@ -471,7 +472,7 @@ def test_read_only_folder(saved):
 
 def test_read_only_folder_simulated(saved, monkeypatch):
     def refuse(*args): raise PermissionError(errno.EACCES, "Permission denied")
-    monkeypatch.setattr(checkpoints, "open", refuse, raising=False)
+    monkeypatch.setattr(disk, "open", refuse, raising=False)
     check_refused(saved, errno.EACCES)
     with pytest.raises(PermissionError): save_training(saved, state(2))        # still the kind of error that it was
 

@@ -104,11 +104,11 @@ def test_weights_rebuild_the_network(net):
     assert_close(again(*inputs()), net(*inputs()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("config", [{}, dict(in_channels=1, n_feat=16, n_context=0, predicts="v"), dict(predicts="x0")])
+@pytest.mark.parametrize("config", [{}, dict(in_channels=1, n_feat=16, n_context=0, predicts="v"), dict(predicts="x0"), dict(depth=3)])
 def test_config_round_trip(config):
     net = ContextUnet(**config)
     plain = json.loads(json.dumps(net.config))
-    assert plain == net.config == {**dict(in_channels=3, n_feat=32, n_context=5, predicts="eps"), **config}
+    assert plain == net.config == {**dict(in_channels=3, n_feat=32, n_context=5, predicts="eps", depth=2), **config}
     again = ContextUnet(**plain)
     assert again.config == net.config and again.predicts == net.predicts == plain["predicts"]
     shapes = lambda n: {k: v.shape for k, v in n.state_dict().items()}
@@ -335,3 +335,38 @@ def test_labs_shortcut_is_random_and_the_repaired_one_is_not(LabsUnet):
         with torch.no_grad(): return relative(net(*inputs(32)), net(*inputs(32)))
     assert 0.9 < twice("random") < 1.5                                  # about 1.2: hardly related
     assert twice("learned") == 0
+
+
+# ---- depth: how often an image is halved
+
+@pytest.mark.parametrize("depth,size", [(1, 16), (2, 16), (3, 32), (4, 64)])
+def test_each_halving_is_one_more_resolution_down_to_four_pixels(depth, size):
+    net = randomised(ContextUnet(n_feat=8, depth=depth))
+    x = torch.randn(1, 3, size, size)
+    shapes = dict(block_shapes(net, x, torch.tensor([7])))
+    for k in range(1, depth + 1):
+        assert shapes[f"down{k}"] == shapes[f"up{k}"], "a skip connection joins maps of one shape"
+        assert shapes[f"down{k}"][2] == size // 2 ** (k - 1)
+    assert shapes["middle3"] == (1, 16 if depth == 1 else 32, size // 2**depth, size // 2**depth)
+    assert net(x, torch.tensor([7])).shape == x.shape
+
+
+def test_every_resolution_matters_for_the_answer():
+    net, x, t = randomised(ContextUnet(n_feat=8, depth=3)), torch.randn(1, 3, 32, 32), torch.tensor([7])
+    before = net(x, t)
+    for k in (1, 2, 3):
+        for name in (f"down{k}", f"up{k}"):
+            with torch.no_grad(): getattr(net, name).conv2.weight.mul_(2)
+            after = net(x, t)
+            assert (after - before).abs().max() > 1e-4, f"{name} is not used"
+            before = after
+
+
+def test_a_model_saved_before_depth_existed_is_a_network_of_depth_two():
+    config = {k: v for k, v in ContextUnet().config.items() if k != "depth"}
+    assert ContextUnet(**config).config["depth"] == 2
+
+
+@pytest.mark.parametrize("depth,error", [(0, ValueError), (7, ValueError), (2.0, TypeError), (True, TypeError)])
+def test_a_depth_that_cannot_be_is_refused_by_name(depth, error):
+    with pytest.raises(error, match="depth"): ContextUnet(depth=depth)
