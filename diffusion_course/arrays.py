@@ -24,8 +24,8 @@ def _open_npy(path, what):
     size = f"{path.stat().st_size:,} bytes"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         raise ValueError(f"{path} ({size}) is an HTML page saved under the name of an array, "
-                         f"expected a .npy file for the {what}; many copies on the web are 11 KB pages like "
-                         "that: download the raw file again")
+                         f"expected a .npy file for the {what}; many copies on the web are 11 KB pages "
+                         "like that: download the raw file again")
     if not head.startswith(b"\x93NUMPY"):
         raise ValueError(f"{path} ({size}) begins with {head[:8]!r}, expected a .npy file; use "
                          f"numpy.save for the {what}")
@@ -116,8 +116,9 @@ def _check_labels(labels, file, n, k):
         raise TypeError(f"the labels in {file} are {labels.dtype}, expected numbers: one-hot rows "
                         f"or class numbers; {_line(file, change)}")
     if labels.ndim == 2 and labels.shape[1] != k and labels.shape[1] > 1:
+        names = [str(i) for i in range(labels.shape[1])]
         raise ValueError(f"the labels in {file} have the shape {labels.shape}, expected one-hot "
-                         f"rows (n, {k}); pass class_names={[str(i) for i in range(labels.shape[1])]}")
+                         f"rows (n, {k}); pass class_names={names}")
     if labels.ndim != 1 and labels.shape[1:] != (k,):
         flat = _line(file, f"{load}.reshape(-1)") if labels.size == n else ""
         raise ValueError(f"the labels in {file} have the shape {labels.shape}, expected one-hot "
@@ -159,8 +160,8 @@ def open_arrays(
 ):  # uint8 (n, s, s, c), memory-mapped; int64 (n,)
     """A pair of arrays that belong together.
 
-    Raises FileNotFoundError for a missing file, TypeError for a wrong dtype and for pickled objects,
-    ValueError for anything else that is wrong with the files, the shapes and the labels."""
+    Raises FileNotFoundError for a missing file, TypeError for a wrong dtype and for pickled
+    objects, ValueError for anything else that is wrong with the files, the shapes and the labels."""
     pixels, numbers = _open_npy(images, "images"), _open_npy(labels, "labels")
     _check_images(pixels, images)
     return pixels, _class_numbers(numbers, labels, len(pixels), k)

@@ -114,11 +114,11 @@ def _walk(root, skip):
         tops += [below] * (below != "" and os.sep not in below and not system)
         links_last = lambda n: (os.path.islink(os.path.join(here, n)), _shown(n), n)
         for name in sorted(names, key=links_last):
-            path, real = os.path.join(below, name), os.path.realpath(os.path.join(here, name))
-            if not os.path.isdir(real):
-                why = _why_not(os.path.join(here, name), name, system)
+            path, full = os.path.join(below, name), os.path.join(here, name)
+            if not os.path.isdir(full):
+                why = _why_not(full, name, system)
                 kept.append(path) if why is None else left[why].append(path)
-            elif real not in seen:
+            elif (real := os.path.realpath(full)) not in seen:
                 seen.add(real)
                 hides = name.startswith(".") or name.lower() in _SYSTEM
                 queue.append((path, system or _shown(name) * hides))
@@ -174,8 +174,11 @@ def blank(
     images,  # uint8 (n, h, w, c)
 ) -> int:  # how many
     "How many images show nothing: the standard deviation of each channel is below 1 of 255"
-    return sum(int((np.asarray(images[i:i + 256]).std((1, 2)) < 1).all(-1).sum())
-               for i in range(0, len(images), 256))
+    every = max(1, max(images.shape[1:3]) // 256)  # of a large image, a grid of its pixels
+    few = images[:, ::every, ::every]
+    step = max(1, 2**18 // max(1, few[:1].size))  # little memory at a time
+    return sum(int((np.asarray(few[i:i + step]).std((1, 2)) < 1).all(-1).sum())
+               for i in range(0, len(few), step))
 
 
 def _notes(files, names, told, ranges, strips):
@@ -193,12 +196,12 @@ def _notes(files, names, told, ranges, strips):
 
 def _doubts(root, files, names, told, images, empty, strips):
     "What looks wrong, and what to do about it, for a `Reading`"
-    n, long = len(told["strip"]), told["long"]
+    n, long, same = len(told["strip"]), told["long"], blank(images)
     yield n and strips == "keep", (f"{_count(n, 'picture')} may be strips of frames "
                                    f"({_some(told['strip'], 1)}): pass strips=\"cut\" to cut them")
     yield long, (f"{_count(len(long), 'picture')} longer than 4:1, thin lines on white "
                  f"({_some(long, 1)}): crop them")
-    yield blank(images), f"{blank(images):,} nearly blank"
+    yield same, f"{same:,} nearly blank"
     yield empty, f"no image in {_count(len(empty), 'folder')} ({_some(empty)})"
     inner = {tuple(file.split(os.sep)[:2]) if file.count(os.sep) > 1 else None for file in files}
     if len(set(names)) == 1 and len(inner) > 1 and None not in inner:

@@ -50,7 +50,7 @@ def _open(path, size):
 
 # %% ../nbs/toolkit/picture_files.ipynb #fd647ee5
 _TOPS = {"16-bit": (255, 1023, 4095, 16383, 65535), "32-bit": (255, 65535, 2**24 - 1, 2**31 - 1),
-         "float": (1, 255, 65535)}  # usual largest numbers
+         "float": (1, 255, 65535, 2**31)}  # usual largest numbers
 
 
 def _kind(image):
@@ -65,8 +65,8 @@ def _kind(image):
 def _numbers(image):
     "The numbers of a grey picture of more than 8 bits, all finite and at least 0"
     numbers = np.asarray(image)
-    if not (np.isfinite(numbers).all() and numbers.min() >= 0):
-        raise _LeftOut("with numbers below 0 or not finite")
+    if not (np.isfinite(numbers).all() and 0 <= numbers.min() <= numbers.max() < 2**31):
+        raise _LeftOut("with numbers that are no brightness")
     return numbers
 
 

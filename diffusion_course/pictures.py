@@ -48,7 +48,7 @@ class Sprites(torch.utils.data.Dataset):
         rows=None,  # int (n,): which of the N images belong to the set, in order; None: all of them
         reading=None,  # what was read from files
     ):
-        images = images if hasattr(images, "dtype") else np.asarray(images)
+        images = images if isinstance(images, np.ndarray) else np.asarray(images)
         _check_dtype(images, "the images")
         self._images, self.reading = images, reading
         self._rows = np.arange(len(images)) if rows is None else np.asarray(rows)
