@@ -6,18 +6,14 @@
 __all__ = ['CLASSES', 'COLOURS', 'RAMPS', 'PALETTE', 'NONE', 'faces', 'hats', 'weapons', 'shields', 'CLOTH', 'HAIR', 'SKIN',
            'METAL', 'HEROES', 'monsters', 'eyes', 'mouths', 'toppers', 'grounds', 'tails', 'BRIGHT', 'MONSTERS',
            'round_food', 'other_food', 'toppings', 'plates', 'LEAF', 'FOODS', 'round_magic', 'other_magic', 'runes',
-           'bubbles', 'sparks', 'MAGIC', 'FIRE', 'SPELLS', 'profiles', 'side_hats', 'WALKERS', 'RECIPES',
-           'IMAGE_SUFFIXES', 'stamp', 'flipped', 'folded', 'sheet', 'folded_sheet', 'Recipe', 'layer', 'recipe',
-           'creature', 'food', 'spell', 'compose', 'draw_recipe', 'is_heldout', 'draw_sprites', 'Sprites']
+           'bubbles', 'sparks', 'MAGIC', 'FIRE', 'SPELLS', 'profiles', 'side_hats', 'WALKERS', 'RECIPES', 'stamp',
+           'flipped', 'folded', 'sheet', 'folded_sheet', 'Recipe', 'layer', 'recipe', 'creature', 'food', 'spell',
+           'compose', 'draw_recipe', 'is_heldout', 'draw_sprites', 'Sprites']
 
 # %% ../nbs/toolkit/sprites.ipynb #bf4f7b73
 from collections import namedtuple
-from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-import torch
-from PIL import Image, ImageOps
 
 # %% ../nbs/toolkit/sprites.ipynb #fad261f3
 CLASSES = ("hero", "non-hero", "food", "spell", "side-facing")  # the order of the context vector
@@ -837,218 +833,13 @@ def draw_sprites(
         todo = todo[is_heldout(images[todo]) != (split == "heldout")]
     return images, labels
 
-# %% ../nbs/toolkit/sprites.ipynb #3c2db565
-def _open_npy(path, what):
-    "A .npy file, memory-mapped and read-only, or an error that says what the file is instead"
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path} for the {what}; expected a .npy file: check the name and the folder")
-    with path.open("rb") as file:
-        head = file.read(64)
-    size = f"{path.stat().st_size:,} bytes"
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        raise ValueError(f"{path} ({size}) is an HTML page saved under the name of an array, expected a .npy file "
-                         f"for the {what}; many copies on the web are 11 KB pages like that: download the raw file again")
-    if not head.startswith(b"\x93NUMPY"):
-        raise ValueError(f"{path} ({size}) begins with {head[:8]!r}, expected a .npy file; use numpy.save for the {what}")
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as e: # numpy reads the header as Python source: a damaged one fails in many ways
-        if "object" in str(e).lower():
-            raise TypeError(f"{path} holds pickled Python objects, expected plain numbers for the {what}; unpickling "
-                            "can run foreign code, so it is refused: save the array with a numeric dtype") from e
-        raise ValueError(f"{path} ({size}) is incomplete or damaged ({e}), expected a whole .npy file; "
-                         "download it again") from e
-
-# %% ../nbs/toolkit/sprites.ipynb #e61af72d
-def _check_images(images, path):
-    "TypeError unless uint8, ValueError unless (n, 16, 16, 3)"
-    if images.dtype != np.uint8:
-        raise TypeError(f"the images in {path} are {images.dtype}, expected uint8 in 0..255; convert and save again")
-    if images.ndim != 4 or images.shape[1:] != (16, 16, 3) or not len(images):
-        raise ValueError(f"the images in {path} have the shape {images.shape}, expected (n, 16, 16, 3) with n > 0; "
-                         "reshape them, or save them as PNG files and use Sprites.from_folder")
+# %% ../nbs/toolkit/sprites.ipynb #5e1f0a02
+_all_ = ["Sprites"]
 
 
-def _check_one_hot(rows, path, n_images, n_classes):
-    "TypeError unless numbers, ValueError unless one one-hot row for each image"
-    if rows.dtype.kind not in "biuf":
-        raise TypeError(f"the labels in {path} are {rows.dtype}, expected numbers: one-hot rows of 0 and 1")
-    if rows.ndim != 2 or rows.shape[1] != n_classes:
-        raise ValueError(f"the labels in {path} have the shape {rows.shape}, expected one-hot rows (n, {n_classes}); "
-                         "turn class numbers k into rows with numpy.eye(n_classes)[k], or pass class_names")
-    if len(rows) != n_images:
-        raise ValueError(f"{path} holds {len(rows)} labels, expected {n_images}, one for each image; "
-                         "take two files that belong together")
-    wrong = np.flatnonzero(((rows != 0) & (rows != 1)).any(1) | (rows.sum(1) != 1))
-    if len(wrong):
-        raise ValueError(f"the labels in {path} are not one-hot: row {wrong[0]} is {rows[wrong[0]].tolist()}, expected "
-                         f"a single 1 among zeros; {len(wrong)} rows are wrong: repair them")
-
-
-def _heldout_rows(images, labels, period=894):
-    "bool (n,): by the course's own period where the labels have it, else by the pixels"
-    n = len(labels)
-    if n >= 2 * period and n % period == 0 and (labels.reshape(-1, period) == labels[:period]).all():
-        return np.arange(n) % period % 10 == 9
-    return is_heldout(images)
-
-# %% ../nbs/toolkit/sprites.ipynb #d43f983c
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
-
-
-def _image_files(folder):
-    "The images of a folder, sorted by name"
-    visible = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file()]
-    return sorted(p for p in visible if p.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def _find_classes(path):
-    "{class name: its files}, or {None: all files} without sub-folders; an error for an empty folder or a mixture"
-    if not path.exists():
-        raise FileNotFoundError(f"no folder {path}, expected one with images; check the name")
-    if not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file, expected a folder of images; pass the folder that holds it")
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    loose = _image_files(path)
-    if folders and loose:
-        raise ValueError(f"{path} holds images ({loose[0].name}, ...) beside sub-folders ({folders[0].name}, ...), "
-                         "expected only one of the two; move the images into sub-folders, one for each class")
-    classes = {f.name: _image_files(f) for f in folders} or {None: loose}
-    for name, files in classes.items():
-        if not files:
-            raise FileNotFoundError(f"no images in {path / (name or '')}, expected some in each class (files ending in "
-                                    f"{', '.join(IMAGE_SUFFIXES)}); add images, or remove the folder")
-    return classes
-
-
-def _read_image(path, size, channels):
-    "An image file as uint8 (size, size, channels) on white; OSError where it cannot be read"
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)  # a camera writes down how it was held: turn the picture upright
-            if image.mode.startswith("I"):  # 16 bits: Pillow would clip what is brighter than 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGBA")
-    except Exception as e:  # Pillow raises many kinds: OSError, SyntaxError, ValueError, zlib's own ...
-        raise OSError(f"cannot read {path} as an image ({e}); save it again or remove it") from e
-    side = max(image.size)
-    paper = Image.new("RGBA", (side, side), "white")
-    paper.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
-    how = Image.Resampling.BOX if side > size else Image.Resampling.NEAREST
-    small = paper.convert({1: "L", 3: "RGB"}[channels]).resize((size, size), how)
-    return np.asarray(small).reshape(size, size, channels)
-
-# %% ../nbs/toolkit/sprites.ipynb #713a2f20
-class Sprites(torch.utils.data.Dataset):
-    """Images with their classes. Item i is (x0, context): float32 (c, h, w) in [-1, 1] and float32 (k,), one-hot.
-
-    Made by `Sprites.draw`, `Sprites.from_npy` or `Sprites.from_folder`. `labels`: int64 (n,); `class_names`: k names.
-    Without labels `labels` is None and k is 0: what a `ContextUnet(n_context=0)` takes.
-    Raises ValueError for labels of another length and for labels without a name.
-    """
-
-    def __init__(
-        self,
-        images,  # uint8 (N, h, w, c), may be memory-mapped
-        labels,  # int (N,), positions in class_names; None: no labels
-        class_names=CLASSES,  # k names
-        rows=None,  # int (n,): which of the N images belong to the set, in order; None: all of them
-    ):
-        self._images = images
-        self._rows = np.arange(len(images)) if rows is None else np.asarray(rows)
-        self.labels, self.class_names = None, ()
-        if labels is None:
-            return
-        labels = np.asarray(labels, dtype=np.int64)
-        if labels.shape != (len(images),) or (len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names)):
-            raise ValueError(f"labels of shape {labels.shape} for {len(images)} images and {len(class_names)} classes; "
-                             "expected one position in class_names for each image")
-        self.labels, self.class_names = labels[self._rows], tuple(class_names)
-
-    @cached_property
-    def images(self):
-        "uint8 (n, h, w, c), in the order of the items; read into memory on first use where it is a part of a file"
-        return self._images if len(self._rows) == len(self._images) else self._images[self._rows]
-
-    def __len__(self):
-        return len(self._rows)
-
-    def batch(
-        self,
-        indices,  # ints (b,)
-    ):  # float32 (b, c, h, w) in [-1, 1]; float32 (b, k)
-        "Several items at once, as two tensors; IndexError beyond the end, TypeError for indices that are not integers"
-        indices = np.asarray(indices).reshape(-1)
-        if len(indices) and indices.dtype.kind not in "iu":
-            raise TypeError(f"the indices are {indices.dtype}, expected integers; for a mask use numpy.flatnonzero")
-        indices = indices.astype(np.int64)
-        pixels = torch.from_numpy(np.array(self._images[self._rows[indices]]))
-        x0 = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 127.5 - 1
-        if self.labels is None:
-            return x0, torch.zeros(len(x0), 0)
-        labels = torch.from_numpy(self.labels[indices])
-        return x0, torch.nn.functional.one_hot(labels, len(self.class_names)).to(torch.float32)
-
-    def __getitems__(self, indices):
-        "What a torch DataLoader calls: a list of items"
-        return list(zip(*self.batch(indices)))
-
-    def __getitem__(self, i):
-        return self.__getitems__([i])[0]
-
-    @classmethod
-    def draw(cls, n, seed=0, split="train"):
-        "n sprites of `draw_sprites`"
-        return cls(*draw_sprites(n, seed=seed, split=split))
-
-    @classmethod
-    def from_npy(
-        cls,
-        images,  # path of a .npy file: uint8 (n, 16, 16, 3)
-        labels,  # path of a .npy file: one-hot rows (n, k)
-        split="train",  # "train", "heldout" (about a tenth, without leakage) or "all"
-        class_names=CLASSES,  # k names
-    ):
-        """Open a pair of arrays, the images memory-mapped.
-
-        Raises FileNotFoundError for a missing file, TypeError for a wrong dtype and for pickled objects, ValueError for
-        anything else that is wrong with the files, the shapes, the labels or the split."""
-        _check_split(split, "train", "heldout", "all")
-        pixels, one_hot = _open_npy(images, "images"), _open_npy(labels, "labels")
-        _check_images(pixels, images)
-        _check_one_hot(one_hot, labels, len(pixels), len(class_names))
-        return cls._part(pixels, np.argmax(one_hot, axis=1), class_names, split, _heldout_rows)
-
-    @classmethod
-    def from_folder(
-        cls,
-        path,  # a folder with one sub-folder of images for each class, or with images that have no labels
-        size=16,  # pixels per side; a network may ask for a multiple of 4
-        split="all",  # "all", or "train" and "heldout" (about a tenth, by the pixels)
-        channels=3,  # 3: red, green and blue; 1: grey
-    ):
-        """Read a folder into memory.
-
-        Raises FileNotFoundError for a missing or empty folder, NotADirectoryError for a file, OSError for an unreadable
-        image, ValueError for images beside sub-folders, a wrong size, split or channels, and a split without images."""
-        _check_split(split, "train", "heldout", "all")
-        size = _check_int("size", size, 1, 4097)
-        if channels not in (1, 3):
-            raise ValueError(f"channels is {channels!r}, expected 3 for colours or 1 for grey; pass one of these")
-        classes = _find_classes(Path(path))
-        images = np.stack([_read_image(file, size, channels) for files in classes.values() for file in files])
-        labels = np.repeat(np.arange(len(classes)), [len(files) for files in classes.values()])
-        labels = None if None in classes else labels
-        return cls._part(images, labels, classes, split, lambda images, labels: is_heldout(images))
-
-    @classmethod
-    def _part(cls, images, labels, class_names, split, find_heldout):
-        "The asked split of a larger set"
-        if split == "all":
-            return cls(images, labels, class_names)
-        rows = np.flatnonzero(find_heldout(images, labels) == (split == "heldout"))
-        if not len(rows):
-            raise ValueError(f"none of the {len(images)} images is in the split {split!r}, expected a tenth to be "
-                             'held out; pass split="all", or add images')
-        return cls(images, labels, class_names, rows)
+def __getattr__(name):
+    "`Sprites` and IMAGE_SUFFIXES from where they are now"
+    if name not in ("Sprites", "IMAGE_SUFFIXES"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from diffusion_course import picture_files, pictures
+    return getattr(pictures if name == "Sprites" else picture_files, name)
