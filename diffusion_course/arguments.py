@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'ETAS', 'check_number', 'sampler_named', 'device_named', 'Model', 'model_named', 'weights_named',
-           'context_named', 'data_named']
+           'context_named', 'prediction', 'data_named']
 
-# %% ../nbs/toolkit/arguments.ipynb #238cb5ed
+# %% ../nbs/toolkit/arguments.ipynb #7487c625
 import re
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-# %% ../nbs/toolkit/arguments.ipynb #0ff0c794
+# %% ../nbs/toolkit/arguments.ipynb #17c1116a
 SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp_2m")
 ETAS = {"ddim": 0.0, "dpmpp_2m": 1.0} # samplers with a dial for fresh noise, and where it stands by default
 
@@ -57,7 +57,7 @@ def device_named(
     there = sorted({"cpu", str(best_device())})
     raise ValueError(f"--device {name} is not there for this PyTorch: expected {' or '.join(there)}")
 
-# %% ../nbs/toolkit/arguments.ipynb #1ea8d0e8
+# %% ../nbs/toolkit/arguments.ipynb #94d004c1
 class Model(NamedTuple):
     "A network with all that is needed to sample from it."
     net: object # a ContextUnet
@@ -80,7 +80,7 @@ def model_named(
     classes = tuple(map(str, about.get("classes", range(net.config["n_context"]))))
     return Model(net, about["schedule"], classes, about.get("size", 16), about)
 
-# %% ../nbs/toolkit/arguments.ipynb #885bdf3f
+# %% ../nbs/toolkit/arguments.ipynb #68c655ad
 def _same(text): # one form for letters that can be written in two ways
     return unicodedata.normalize("NFC", text.strip())
 
@@ -121,22 +121,35 @@ def context_named(
         raise ValueError(f"expected a class of {', '.join(classes)}, or none")
     return mix(weights_named(text, classes), list(classes))
 
-# %% ../nbs/toolkit/arguments.ipynb #eff08e39
+# %% ../nbs/toolkit/arguments.ipynb #24ba1f8d
+def prediction(
+    model: Model,
+    context, # float (n, k) or (1, k); None for no context
+    guidance: float = 1.0, # 0 no context, 1 the context as it is, above 1 exaggerated
+): # predict(xt, t) -> Prediction
+    "What a sampler takes: the model under a context, guided and clipped."
+    from diffusion_course.context import guided
+    from diffusion_course.sampling import clipped, predictor
+    cond = predictor(model.net, model.schedule, context)
+    if context is not None and guidance != 1:
+        cond = guided(cond, predictor(model.net, model.schedule), guidance)
+    return clipped(cond, model.schedule)
+
+# %% ../nbs/toolkit/arguments.ipynb #8430de74
 def data_named(
     text: str, # a folder, two .npy files with a comma between them, or "sprites"; "" is "sprites" too
     *,
     images: int = 20_000, # drawn sprites only: how many
     seed: int = 0, # drawn sprites only
-    split: str = "all", # files only: "all", "train" or "heldout"
     **reading, # what `Sprites.from_folder` takes
 ): # Sprites
     "A data set by its name. FileNotFoundError for a path that is not there, and what the readers raise."
     from diffusion_course.sprites import Sprites
-    if Path(text).exists() and text: return Sprites.from_folder(text, split=split, **reading)
+    if Path(text).exists() and text: return Sprites.from_folder(text, **reading)
     if text in ("", "sprites"):
         check_number("images", images, 1)
-        return Sprites.draw(images, seed=seed, split="heldout" if split == "heldout" else "train")
+        return Sprites.draw(images, seed=seed)
     pairs = [(text[:i], text[i + 1:]) for i, letter in enumerate(text) if letter == ","]
     if not pairs: raise FileNotFoundError(f"--data {text}: there is no such folder; expected a folder of pictures, or images.npy,labels.npy")
     there = [pair for pair in pairs if all(Path(p).is_file() for p in pair)]
-    return Sprites.from_npy(*(there or pairs)[0], split="train" if split == "all" else split)
+    return Sprites.from_npy(*(there or pairs)[0], split="all")

@@ -113,6 +113,19 @@ class Sprites(torch.utils.data.Dataset):
         images = np.concatenate([self.images, self.images[:, :, ::-1]])
         return Sprites(images, labels, self.class_names, reading=self.reading)
 
+    def part(
+        self,
+        split,  # "train" or "heldout" (about a tenth, by the pixels)
+    ) -> "Sprites":
+        "The images of one split, `reading` kept. Raises ValueError where there are none."
+        _check_split(split, "train", "heldout")
+        labels = np.zeros(len(self), int) if self.labels is None else self.labels
+        rows = np.flatnonzero(_heldout_rows(self.images, labels) == (split == "heldout"))
+        if not len(rows):
+            raise ValueError(f"none of the {len(self)} images is in the split {split!r}, expected "
+                             "a tenth to be held out; use the whole set, or add images")
+        return Sprites(self.images, self.labels, self.class_names, rows, self.reading)
+
     @classmethod
     def draw(cls, n, seed=0, split="train"):
         "n sprites of `draw_sprites`"

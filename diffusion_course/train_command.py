@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HOLD_OUT_FROM', 'depth_for', 'steps_for', 'train', 'suggestion']
 
-# %% ../nbs/toolkit/train_command.ipynb #2f2cc9f2
+# %% ../nbs/toolkit/train_command.ipynb #7db69b8b
 import os
 import shlex
 import signal
@@ -16,7 +16,7 @@ from fastcore.script import store_true
 
 from .arguments import check_number, data_named, device_named
 
-# %% ../nbs/toolkit/train_command.ipynb #00a86db7
+# %% ../nbs/toolkit/train_command.ipynb #4e4f7919
 def depth_for(
     size: int, # pixels per side
 ) -> int: # how often the network halves a picture
@@ -35,7 +35,7 @@ def steps_for(
     "2,000 for small pictures and more for large ones, but no picture more than 200 times; at least 500."
     return max(500, min(2000 * size // 16, 200 * n // batch_size))
 
-# %% ../nbs/toolkit/train_command.ipynb #3cc764d4
+# %% ../nbs/toolkit/train_command.ipynb #c1f4df17
 def _seconds_per_step(net, data, schedule, **options):
     "A few steps on a copy of the network; the first two are slower and are left out."
     from copy import deepcopy
@@ -52,7 +52,7 @@ def _span(seconds): # in words that nobody has to convert
     if seconds < 90: return f"{max(seconds, 1):.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
-# %% ../nbs/toolkit/train_command.ipynb #3ad30123
+# %% ../nbs/toolkit/train_command.ipynb #d3600cdc
 class _Sampler:
     "Draws the same eight noises at every checkpoint, a class for each, spread over all of them."
     def __init__(self, folder, schedule, n_classes, shape):
@@ -90,7 +90,7 @@ class _Interrupted: # true once Ctrl-C was pressed; a second Ctrl-C stops at onc
     def restore(self): signal.signal(signal.SIGINT, self.before)
     def __bool__(self): return self.pressed
 
-# %% ../nbs/toolkit/train_command.ipynb #e02f58a8
+# %% ../nbs/toolkit/train_command.ipynb #730992b1
 HOLD_OUT_FROM = 200 # pictures; of a smaller set each one is needed for the training
 
 
@@ -105,21 +105,17 @@ def _started(folder, resume):
     return resume_training(folder) if resume else None
 
 
-def _read(data, out, images, seed, size, channels, mirror, folder):
+def _read(data, images, seed, size, channels, mirror, folder):
     "The data set, and which part of it is trained on; what was read is said in one line."
     import warnings
-
-    from diffusion_course.checkpoints import remove_training
-    def read(split): return data_named(data, images=images, seed=seed, split=split, **options)
-    options = dict(size=size, channels=channels, skip=[folder, out.with_suffix(".samples.png")])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # the line says it all
-        found, split = read("all"), "all"
-        if found.reading and len(found) >= HOLD_OUT_FROM:
-            try: found, split = read("train"), "train"
-            except ValueError: pass # nothing to hold out: all pictures are alike
+        found, split = data_named(data, images=images, seed=seed, size=size, channels=channels, skip=[folder]), "all"
     print(found.reading or f"{len(found):,} drawn sprites in {len(found.class_names)} classes")
-    if split == "train": print(f"a tenth is held out, for evaluate: {len(found):,} to train on")
+    if found.reading and len(found) >= HOLD_OUT_FROM:
+        try: found, split = found.part("train"), "train"
+        except ValueError: pass # all pictures are alike: there is nothing to hold out
+        else: print(f"{len(found):,} of them to train on; the others are held out, so that evaluate has pictures that the model never saw")
     return (found.mirrored() if mirror else found), split
 
 
@@ -159,7 +155,7 @@ def train(
     strip, folder = free_to_write(out.with_suffix(".samples.png"), ".png"), out.with_name(f"{out.stem}.training")
     state = _started(folder, resume)
     try:
-        data, split = _read(data, out, images, seed, size, channels, mirror, folder)
+        data, split = _read(data, images, seed, size, channels, mirror, folder)
         _, size, _, channels = data.images.shape
         steps = steps or steps_for(len(data), size, batch_size)
         torch.manual_seed(seed)
@@ -171,8 +167,8 @@ def train(
         steps_of = loop(net, data, schedule, **options, resume=state)
         sampler = _Sampler(folder, schedule, len(data.class_names), (channels, size, size))
         average = _run(progress(steps_of, steps), sampler, folder, steps, every, save_training)
-        if average is None: return # a helper among several processes
-    except BaseException:
+        if average is None: average = _average_of(state, net) # the run had ended already, and only its model was not written
+    except (Exception, KeyboardInterrupt):
         if state is None and not any(folder.glob("step-*")): remove_training(folder) # nothing was reached
         raise
     save_model(out, average, schedule=schedule, classes=list(data.class_names), size=size, steps=steps, seed=seed,
@@ -182,6 +178,13 @@ def train(
     left = remove_training(folder)
     if left: print(f"{folder} stays: it holds {', '.join(left[:3])}{' …' if len(left) > 3 else ''}, which the training did not write")
     print(f"{out}: trained for {steps:,} steps; {strip} shows how it went; try  {suggestion(out, data.class_names)}")
+
+
+def _average_of(state, net):
+    "The averaged network of a training state."
+    prefix = "ema.module."
+    net.load_state_dict({name.removeprefix(prefix): x for name, x in state.tensors.items() if name.startswith(prefix)})
+    return net.eval()
 
 
 def suggestion(

@@ -76,7 +76,7 @@ def test_gif(here, small):
     assert Image.open("x.gif").n_frames >= 6
 
 @pytest.mark.parametrize("argv, words", [
-    (["dragon"], "dragon"), (["hero=much"], "a class and a number"), (["hero", "--steps", 101], "1 to T=100"), (["hero", "--steps", 0], "1 to T=100"), (["hero", "--n", 0], "--n 0"), (["hero", "--seed", -1], "--seed -1"),
+    (["dragon"], "dragon"), (["hero=much"], "expected a number behind the ="), (["hero", "--steps", 101], "1 to T=100"), (["hero", "--steps", 0], "1 to T=100"), (["hero", "--n", 0], "--n 0"), (["hero", "--seed", -1], "--seed -1"),
     (["hero", "--sampler", "euler"], "ddpm, ddim, heun"), (["hero", "--sampler", "ddim", "--eta", 2], "--eta 2"), (["hero", "--sampler", "heun", "--eta", 0.5], "ddim or dpmpp_2m"), (["hero", "--out", "x.jpg"], ".png or .gif"),
     (["hero", "--model", "gone.safetensors"], "gone.safetensors"), (["hero", "--model", "cats"], "cats"), (["hero", "--out", "folder.png"], "is a folder"), (["hero", "--out", "file/x.png"], "file"), (["hero", "--ncols", 0], "--ncols 0"),
 ], ids=str)
@@ -133,7 +133,7 @@ def test_interrupted_and_resumed_is_uninterrupted(here, capsys):
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
 @pytest.mark.parametrize("argv, words", [
-    (["--data", "nowhere"], "nowhere"), (["--data", "a.npy,b.npy"], "a.npy"), (["--steps", 0], "--steps 0"), (["--out", "x.pt"], ".safetensors"), (["--resume"], "no training to resume"), (["--n-feat", 7], "n_feat"),
+    (["--data", "nowhere"], "nowhere"), (["--data", "a.npy,b.npy"], "a.npy"), (["--steps", -1], "--steps -1"), (["--out", "x.pt"], ".safetensors"), (["--resume"], "no training to resume"), (["--n-feat", 7], "n_feat"),
     (["--predicts", "noise"], "predicts"), (["--drop", 2], "--drop 2"), (["--images", 0], "--images 0"),
 ], ids=str)
 def test_mistakes_in_train(here, capsys, argv, words):
