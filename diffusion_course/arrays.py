@@ -24,8 +24,8 @@ def _open_npy(path, what):
     size = f"{path.stat().st_size:,} bytes"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         raise ValueError(f"{path} ({size}) is an HTML page saved under the name of an array, "
-                         f"expected a .npy file for the {what}; many copies on the web are 11 KB pages "
-                         "like that: download the raw file again")
+                         f"expected a .npy file for the {what}; many copies on the web are such "
+                         "pages of 11 KB: download the raw file again")
     if not head.startswith(b"\x93NUMPY"):
         raise ValueError(f"{path} ({size}) begins with {head[:8]!r}, expected a .npy file; use "
                          f"numpy.save for the {what}")
@@ -161,7 +161,7 @@ def open_arrays(
     """A pair of arrays that belong together.
 
     Raises FileNotFoundError for a missing file, TypeError for a wrong dtype and for pickled
-    objects, ValueError for anything else that is wrong with the files, the shapes and the labels."""
+    objects, ValueError for anything else that is wrong with the files, shapes and labels."""
     pixels, numbers = _open_npy(images, "images"), _open_npy(labels, "labels")
     _check_images(pixels, images)
     return pixels, _class_numbers(numbers, labels, len(pixels), k)

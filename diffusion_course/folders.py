@@ -49,10 +49,11 @@ class Reading:
     notes: tuple = ()  # what was done to the pictures
 
     def __str__(self):
-        reasons = sorted(self.left_out.items(), key=lambda item: -len(item[1]))
-        each = [_count(len(names), why) + ("" if why == "other file" else f" ({_some(names, 1)})")
-                for why, names in reasons]
-        n = sum(len(names) for _, names in reasons)
+        order = lambda why: (why == "other file", -len(self.left_out[why]), why)
+        each = [_count(len(names := self.left_out[why]), why)
+                + ("" if why == "other file" else f" ({_some(names, 1)})")
+                for why in sorted(self.left_out, key=order)]
+        n = sum(map(len, self.left_out.values()))
         left = [_count(n, "file") + " left out: " + ", ".join(each)] if n else []
         return "; ".join([self.taken, *self.notes, *left, *self.doubts])
 
@@ -92,14 +93,23 @@ def _why_not(path, name, system):
     return suffix if suffix in _NOT_OURS else None
 
 
+def _identity(folder):
+    "The same for every path that leads to the same folder"
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return folder
+    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(folder)
+
+
 def _walk(root, skip):
     """The files of a folder and all below it: to be read, {reason: left out}; its own folders.
 
     Every real folder is entered once, those of the first level first: no link leads in a circle.
     """
     kept, left, tops = [], defaultdict(list), []
-    skipped = {os.path.realpath(folder) for folder in skip}
-    seen = {os.path.realpath(root)} | skipped
+    skipped = {_identity(folder) for folder in skip}
+    seen = {_identity(root)} | skipped
     queue = deque([("", "")])  # (path below the root, the system's folder that it is in)
     while queue:
         below, system = queue.popleft()
@@ -118,7 +128,7 @@ def _walk(root, skip):
             if not os.path.isdir(full):
                 why = _why_not(full, name, system)
                 kept.append(path) if why is None else left[why].append(path)
-            elif (real := os.path.realpath(full)) not in seen:
+            elif (real := _identity(full)) not in seen:
                 seen.add(real)
                 hides = name.startswith(".") or name.lower() in _SYSTEM
                 queue.append((path, system or _shown(name) * hides))
