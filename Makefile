@@ -1,9 +1,15 @@
 # make run | test | lab: each sets up .venv first (once), so these are the only commands a newcomer needs.
-PYTHON ?= python3
+# PYTHON: makes .venv; by default the first of python3, python3.14 … python3.11 that is 3.11 to 3.14
 VENV   ?= .venv
 # two single-threaded workers use two cores better than four threads do
 WORKERS ?= 2
 export MPLBACKEND ?= agg
+# threads that wait for work give their core to others; spinning, two threads beside a busy program are slower than one
+export OMP_WAIT_POLICY ?= PASSIVE
+# make test PRECISION=float32 | bfloat16: the same arithmetic on any machine
+ifdef PRECISION
+export DIFFUSION_COURSE_PRECISION := $(PRECISION)
+endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 ready   := $(VENV)/.ready
@@ -12,23 +18,23 @@ bin     := $(if $(filter /%,$(VENV)),,$(CURDIR)/)$(VENV)/bin
 py      := "$(bin)/python"
 lessons := $(sort $(wildcard nbs/L*.ipynb))
 
-.PHONY: help setup run test fuzz lab lessons pretrained readme benchmarks dist clean
+# an environment that broke since it was made (its Python was upgraded, say) is not ready
+whole   := $(shell sh tools/environment.sh check "$(VENV)" && echo yes)
+
+.PHONY: broken help setup run test fuzz lab lessons pretrained readme benchmarks dist clean
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(ready) ## create .venv and install the pinned set
-$(ready): requirements.txt settings.ini setup.py
-	@echo 'Setting up $(VENV) (once; a few minutes, mostly PyTorch) …'
-	@test -x $(py) || $(PYTHON) -m venv $(VENV)
-	@$(py) -m pip install -q -r requirements.txt
-	@touch $@
+$(ready): requirements.txt settings.ini setup.py $(if $(whole),,broken)
+	@sh tools/environment.sh make "$(VENV)" "$(PYTHON)"
 
 run: $(ready) ## run every lesson; notebooks, an animation and a contact sheet land in out/
 	@mkdir -p out
 	@$(py) tools/run_lessons.py --progress --out out $(lessons)
 	@$(py) tools/showcase.py out
 
-test: $(ready) ## run every cell of every notebook, then the test suite
+test: $(ready) ## run every cell of every notebook, then the test suite (PRECISION=float32 or bfloat16: in that one)
 	PATH="$(bin):$$PATH" OMP_NUM_THREADS=1 "$(bin)/nbdev_test" --n_workers $(WORKERS) --timing
 	PATH="$(bin):$$PATH" OMP_NUM_THREADS=1 $(py) -m pytest -q -n $(WORKERS) --dist loadfile --timeout 900 tests
 

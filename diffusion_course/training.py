@@ -87,7 +87,7 @@ def check_range(x0: Tensor): # (n, …) clean images, such as the first batch of
     """Refuse images in 0 … 255 and warn of images in 0 … 1: a network would be trained on them without a word, and its samples be wrong.
 
     Raises ValueError for values far outside the range of images, -1 … 1."""
-    low, high = torch.stack(x0.detach().aminmax()).tolist() # one read
+    low, high = torch.stack(x0.detach().aminmax()).cpu().tolist() # one read
     if max(-low, high) > 16:
         raise ValueError(f"x0 goes from {low:g} to {high:g}: expected about -1 … 1. For pixels in 0 … 255 write x0 / 127.5 - 1")
     if 0 <= low < high:

@@ -4,8 +4,11 @@ Does it obey (class accuracy of 200 sprites per class), is it good (KID of 5,000
 the same number for 5,000 other real ones), does it copy (distance to the nearest training sprite, beside that of unseen real ones)?"""
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # before torch is imported: waiting threads give their core to others
 
 import torch
 from tqdm import tqdm

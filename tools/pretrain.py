@@ -3,8 +3,11 @@
 Writes diffusion_course/pretrained/features.safetensors (the judge of toolkit/metrics) and sprites.safetensors (the diffusion model)."""
 import argparse
 import hashlib
+import os
 import shutil
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # before torch is imported: waiting threads give their core to others
 
 import torch
 

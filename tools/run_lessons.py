@@ -1,6 +1,7 @@
 """Execute notebooks top to bottom with nbdev's own runner, each in a fresh process and in its own folder, and store tidy outputs.
 A notebook that fails, or that shows where this repository lies on this machine, is named and left as it was; the exit code is then 1."""
 import argparse, base64, io, json, multiprocessing, os, re, sys, time
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # before torch is imported: waiting threads give their core to other programs
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import numpy as np

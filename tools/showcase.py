@@ -1,6 +1,9 @@
 "Sprites emerging from noise, made with the shipped model: OUT/emerging.gif and OUT/contact_sheet.png."
 import argparse
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # before torch is imported: waiting threads give their core to others
 
 import torch
 

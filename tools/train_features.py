@@ -5,8 +5,11 @@ number of threads, the same seed gives the same bytes."""
 import argparse
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # before torch is imported: waiting threads give their core to others
 
 import safetensors.torch
 import torch
