@@ -6,13 +6,12 @@
 __all__ = ['SAMPLERS', 'ETAS', 'check_number', 'sampler_named', 'device_named', 'Model', 'model_named', 'weights_named',
            'context_named', 'prediction', 'data_named']
 
-# %% ../nbs/toolkit/arguments.ipynb #7487c625
+# %% ../nbs/toolkit/arguments.ipynb #a2b7b30d
 import re
-import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-# %% ../nbs/toolkit/arguments.ipynb #17c1116a
+# %% ../nbs/toolkit/arguments.ipynb #ba339d13
 SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp_2m")
 ETAS = {"ddim": 0.0, "dpmpp_2m": 1.0} # samplers with a dial for fresh noise, and where it stands by default
 
@@ -57,7 +56,7 @@ def device_named(
     there = sorted({"cpu", str(best_device())})
     raise ValueError(f"--device {name} is not there for this PyTorch: expected {' or '.join(there)}")
 
-# %% ../nbs/toolkit/arguments.ipynb #94d004c1
+# %% ../nbs/toolkit/arguments.ipynb #07e9192a
 class Model(NamedTuple):
     "A network with all that is needed to sample from it."
     net: object # a ContextUnet
@@ -80,9 +79,10 @@ def model_named(
     classes = tuple(map(str, about.get("classes", range(net.config["n_context"]))))
     return Model(net, about["schedule"], classes, about.get("size", 16), about)
 
-# %% ../nbs/toolkit/arguments.ipynb #68c655ad
-def _same(text): # one form for letters that can be written in two ways
-    return unicodedata.normalize("NFC", text.strip())
+# %% ../nbs/toolkit/arguments.ipynb #8009d343
+def _same(text): # one form for a name that can be written in several ways, by the rule for names of folders
+    from diffusion_course.folders import _shown
+    return _shown(text).strip()
 
 
 def weights_named(
@@ -92,7 +92,7 @@ def weights_named(
     "The classes of a mixture. Numbers are positions, unless a class is called so. ValueError for what is no class or no number."
     names = {_same(name): i for i, name in enumerate(classes)}
     names = {**{str(i): i for i in range(len(classes))}, **names}
-    if text.strip() in names or _same(text) in names: return {names[_same(text)]: 1.0}
+    if _same(text) in names: return {names[_same(text)]: 1.0}
     one_of = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     part = re.compile(rf"\s*({one_of})\s*(?:=\s*([^\s,=]+)\s*)?(?:,|$)")
     rest, weights = _same(text), {}
@@ -121,7 +121,7 @@ def context_named(
         raise ValueError(f"expected a class of {', '.join(classes)}, or none")
     return mix(weights_named(text, classes), list(classes))
 
-# %% ../nbs/toolkit/arguments.ipynb #24ba1f8d
+# %% ../nbs/toolkit/arguments.ipynb #baa90e29
 def prediction(
     model: Model,
     context, # float (n, k) or (1, k); None for no context
@@ -135,7 +135,7 @@ def prediction(
         cond = guided(cond, predictor(model.net, model.schedule), guidance)
     return clipped(cond, model.schedule)
 
-# %% ../nbs/toolkit/arguments.ipynb #8430de74
+# %% ../nbs/toolkit/arguments.ipynb #d25dcf86
 def data_named(
     text: str, # a folder, two .npy files with a comma between them, or "sprites"; "" is "sprites" too
     *,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOVING', 'COMMANDS', 'USAGE', 'sample', 'info', 'lessons', 'main']
 
-# %% ../nbs/toolkit/cli.ipynb #45d71478
+# %% ../nbs/toolkit/cli.ipynb #2aa24750
 import os
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from .arguments import check_number, context_named, model_named, prediction, sam
 from .evaluate_command import evaluate
 from .train_command import suggestion, train
 
-# %% ../nbs/toolkit/cli.ipynb #d2c7e81f
+# %% ../nbs/toolkit/cli.ipynb #4db949ca
 MOVING = 256 # images at most in an animation
 
 
@@ -65,9 +65,9 @@ def _animation(predict, schedule, n, sampler, steps, shape, seed, ncols, context
     large = [x.repeat_interleave(scale, 2).repeat_interleave(scale, 3) for x in states]
     return animate(large, ncols=ncols, alt=f"Noise turns into {n} images of {context}")
 
-# %% ../nbs/toolkit/cli.ipynb #d2c8770f
+# %% ../nbs/toolkit/cli.ipynb #1d6333fe
 def info(
-    model: str = "sprites", # a .safetensors file, or a model that comes with the package
+    model: str, # a .safetensors file, or a model that comes with the package
 ):
     "Say what a model draws and where it comes from."
     chosen = model_named(model)
@@ -82,7 +82,7 @@ def info(
         if key not in ("schedule", "classes", "size") and value not in ("", None): print(f"  {key:9} {value}")
     print(f"  try       {suggestion(model, chosen.classes)}")
 
-# %% ../nbs/toolkit/cli.ipynb #8253890d
+# %% ../nbs/toolkit/cli.ipynb #93969587
 def _notebooks():
     "The folder with the lessons: in the installed package, or in the clone that the package is installed from."
     package = Path(__file__).parent
@@ -113,7 +113,7 @@ def lessons(
         raise FileNotFoundError(f"Jupyter is not installed: python -m pip install jupyter, then  jupyter lab {to}")
     subprocess.run([sys.executable, "-m", "jupyterlab", str(to)], check=False)
 
-# %% ../nbs/toolkit/cli.ipynb #355c5814
+# %% ../nbs/toolkit/cli.ipynb #c7ea0969
 COMMANDS = {f.__name__: f for f in (sample, train, evaluate, info, lessons)}
 USAGE = ("usage: diffusion-course COMMAND …\n\n" + "\n".join(f"  {name:10}{f.__doc__}" for name, f in COMMANDS.items())
          + "\n\ndiffusion-course COMMAND --help tells more.")

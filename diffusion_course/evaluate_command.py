@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Reals', 'evaluate']
 
-# %% ../nbs/toolkit/evaluate_command.ipynb #740a17c6
+# %% ../nbs/toolkit/evaluate_command.ipynb #959bda4a
 from pathlib import Path
 from typing import NamedTuple
 
 from .arguments import check_number, data_named, model_named, prediction, sampler_named
 
-# %% ../nbs/toolkit/evaluate_command.ipynb #2dd4be43
+# %% ../nbs/toolkit/evaluate_command.ipynb #3fc76310
 class Reals(NamedTuple):
     "Real pictures to judge samples by, all (n, c, h, w) in [-1, 1]."
     reference: object # the samples are compared with these
@@ -71,7 +71,7 @@ def _own(chosen, name, data):
     heldout = None if held is None else held.batch(range(len(held)))[0]
     return Reals(images(unseen[::2]), images(unseen[1::2]), labels, everything, heldout, _judge_of(name, judged))
 
-# %% ../nbs/toolkit/evaluate_command.ipynb #90cefc7f
+# %% ../nbs/toolkit/evaluate_command.ipynb #24d0785e
 def evaluate(
     model: str = "sprites", # a .safetensors file, or a model that comes with the package
     data: str = "", # for a model of your own: the pictures that it learnt from, as for train
