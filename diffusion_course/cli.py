@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOVING', 'COMMANDS', 'USAGE', 'sample', 'info', 'lessons', 'main']
 
-# %% ../nbs/toolkit/cli.ipynb #2aa24750
+# %% ../nbs/toolkit/cli.ipynb #f9b44137
 import os
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from .arguments import check_number, context_named, model_named, prediction, sam
 from .evaluate_command import evaluate
 from .train_command import suggestion, train
 
-# %% ../nbs/toolkit/cli.ipynb #4db949ca
+# %% ../nbs/toolkit/cli.ipynb #16eaa250
 MOVING = 256 # images at most in an animation
 
 
@@ -65,7 +65,7 @@ def _animation(predict, schedule, n, sampler, steps, shape, seed, ncols, context
     large = [x.repeat_interleave(scale, 2).repeat_interleave(scale, 3) for x in states]
     return animate(large, ncols=ncols, alt=f"Noise turns into {n} images of {context}")
 
-# %% ../nbs/toolkit/cli.ipynb #1d6333fe
+# %% ../nbs/toolkit/cli.ipynb #265b6bca
 def info(
     model: str, # a .safetensors file, or a model that comes with the package
 ):
@@ -79,10 +79,17 @@ def info(
     print(f"  network   {weights:,} weights, predicts {net.predicts}, halves a picture {net.config['depth']} times")
     print(f"  schedule  T = {chosen.schedule.T}, {chosen.schedule.alpha_bar[-1].sqrt():.4f} of the signal left at T")
     for key, value in sorted(about.items()):
-        if key not in ("schedule", "classes", "size") and value not in ("", None): print(f"  {key:9} {value}")
+        if key not in ("schedule", "classes", "size") and value not in ("", None): print(f"  {key:9} {_in_words(value)}")
     print(f"  try       {suggestion(model, chosen.classes)}")
 
-# %% ../nbs/toolkit/cli.ipynb #93969587
+
+def _in_words(value): # what a header holds, without the brackets of JSON
+    if isinstance(value, dict): return ", ".join(f"{key} {_in_words(v)}" for key, v in value.items())
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(v, float) for v in value): return "{:.3g} ± {:.2g}".format(*value)
+    if isinstance(value, list): return ", ".join(map(_in_words, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+# %% ../nbs/toolkit/cli.ipynb #249a8544
 def _notebooks():
     "The folder with the lessons: in the installed package, or in the clone that the package is installed from."
     package = Path(__file__).parent
@@ -113,7 +120,7 @@ def lessons(
         raise FileNotFoundError(f"Jupyter is not installed: python -m pip install jupyter, then  jupyter lab {to}")
     subprocess.run([sys.executable, "-m", "jupyterlab", str(to)], check=False)
 
-# %% ../nbs/toolkit/cli.ipynb #c7ea0969
+# %% ../nbs/toolkit/cli.ipynb #e68c0a0b
 COMMANDS = {f.__name__: f for f in (sample, train, evaluate, info, lessons)}
 USAGE = ("usage: diffusion-course COMMAND …\n\n" + "\n".join(f"  {name:10}{f.__doc__}" for name, f in COMMANDS.items())
          + "\n\ndiffusion-course COMMAND --help tells more.")

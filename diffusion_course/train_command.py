@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HOLD_OUT_FROM', 'depth_for', 'steps_for', 'train', 'suggestion']
 
-# %% ../nbs/toolkit/train_command.ipynb #2e822af2
+# %% ../nbs/toolkit/train_command.ipynb #8ac9741c
 import os
 import shlex
 import signal
@@ -16,7 +16,7 @@ from fastcore.script import store_true
 
 from .arguments import check_number, data_named, device_named
 
-# %% ../nbs/toolkit/train_command.ipynb #4082e540
+# %% ../nbs/toolkit/train_command.ipynb #697f40a7
 def depth_for(
     size: int, # pixels per side
 ) -> int: # how often the network halves a picture
@@ -35,7 +35,7 @@ def steps_for(
     "2,000 for small pictures and more for large ones, but no picture more than 200 times; at least 500."
     return max(500, min(2000 * size // 16, 200 * n // batch_size))
 
-# %% ../nbs/toolkit/train_command.ipynb #9bd3d24e
+# %% ../nbs/toolkit/train_command.ipynb #8f34b6f6
 def _seconds_per_step(net, data, schedule, **options):
     "A few steps on a copy of the network; the first two are slower and are left out."
     from copy import deepcopy
@@ -52,7 +52,7 @@ def _span(seconds): # in words that nobody has to convert
     if seconds < 90: return f"{max(seconds, 1):.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
-# %% ../nbs/toolkit/train_command.ipynb #bb728210
+# %% ../nbs/toolkit/train_command.ipynb #51a8240e
 class _Sampler:
     "Draws the same eight noises at every checkpoint, a class for each, spread over all of them."
     def __init__(self, folder, schedule, n_classes, shape):
@@ -90,7 +90,7 @@ class _Interrupted: # true once Ctrl-C was pressed; a second Ctrl-C stops at onc
     def restore(self): signal.signal(signal.SIGINT, self.before)
     def __bool__(self): return self.pressed
 
-# %% ../nbs/toolkit/train_command.ipynb #387e3c52
+# %% ../nbs/toolkit/train_command.ipynb #12594d10
 HOLD_OUT_FROM = 200 # pictures; of a smaller set each one is needed for the training
 
 
