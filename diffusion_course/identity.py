@@ -43,22 +43,25 @@ def _sha256(*tensors):
     return whole.hexdigest()[:16]
 
 
-def _item(data, i):
-    item = data[i]
-    parts = item if isinstance(item, (tuple, list)) else [item]
-    return _sha256(*map(torch.as_tensor, parts))
+def _item(data, i): # the image, and the context where there is one
+    parts = data[i] if isinstance(data[i], (tuple, list)) else [data[i]]
+    if not isinstance(parts[0], (Tensor, np.ndarray)) or len(parts) > 2:
+        raise ValueError(f"an item of the data set is {described(data[i])}: expected (image, context), two tensors, or an image alone")
+    return [torch.as_tensor(part) for part in parts]
 
 
 def data_identity(
     data: Dataset, # items (image, context), or images alone
 ) -> dict: # plain values
-    "How a data set is recognised: the shape of an image, the names of its classes, and a hash of its numbers."
-    first = data[0]
-    image = torch.as_tensor(first[0] if isinstance(first, (tuple, list)) else first)
+    """How a data set is recognised: the shape of an image, the names of its classes, and a hash of its numbers.
+
+    Raises ValueError for items of another kind."""
+    image = _item(data, 0)[0]
     classes, mark = getattr(data, "class_names", None), getattr(data, "fingerprint", None)
-    if mark is None and _item(data, 0) == _item(data, 0):
+    def hashed(i): return _sha256(*_item(data, i))
+    if mark is None and hashed(0) == hashed(0):
         rows = np.linspace(0, len(data) - 1, min(len(data), 16)).astype(int).tolist()
-        mark = hashlib.sha256("".join(_item(data, i) for i in rows).encode()).hexdigest()
+        mark = hashlib.sha256("".join(map(hashed, rows)).encode()).hexdigest()
     return dict(image_shape=list(image.shape), classes=None if classes is None else [str(c) for c in classes],
                 data=mark and f"sha256 {mark[:16]}")
 

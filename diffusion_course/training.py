@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .crew import Crew
-from .identity import described, identity
+from .identity import identity
 from .sampling import PREDICTIONS, Schedule, send, signal_and_noise
 
 # %% ../nbs/L2_Training.ipynb #fbcddeb3
@@ -188,8 +188,7 @@ def _checked(settings):
 
 def _images_and_context(batch): # a data set may hold images alone
     if isinstance(batch, Tensor): return batch, None
-    if isinstance(batch, (tuple, list)) and len(batch) in (1, 2) and all(isinstance(x, Tensor) for x in batch): return batch[0], batch[1] if len(batch) == 2 else None
-    raise ValueError(f"a batch of the data set is {described(batch)}: expected the items to be (image, context), two tensors, or images alone")
+    return batch if len(batch) == 2 else (*batch, None)
 
 def _check_finite(step, loss, norm, lr):
     if math.isfinite(loss + norm): return

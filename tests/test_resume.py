@@ -196,6 +196,89 @@ def test_other_settings_are_refused(change):
     with pytest.raises(ValueError, match=f"cannot resume with other settings: {name} was .* and is now"): next(run(**change, resume=state))
 
 
+class Shifted(Data):
+    "As many images, of the same shape, with other pixels."
+    def __init__(self): super().__init__(); self.images = self.images.flip(0)
+
+class Grown(Data):
+    "As many images, larger ones."
+    def __getitem__(self, i): return self.images[i].repeat(1, 2, 2), torch.eye(5)[i % 5]
+
+def other_net(**config):
+    torch.manual_seed(0)
+    return lambda state: next(train(ContextUnet(**{"n_feat": 8, **config}), Data(), S, steps=STEPS, batch_size=8, device="cpu", autocast=False,
+                                    loss=with_dropped_context(prediction_loss), resume=state))
+
+def other_schedule(state):
+    torch.manual_seed(0)
+    return next(train(ContextUnet(n_feat=8), Data(), Schedule.linear(50), steps=STEPS, batch_size=8, device="cpu", autocast=False,
+                      loss=with_dropped_context(prediction_loss), resume=state))
+
+OTHER_RUNS = {
+    "predicts": (other_net(predicts="v"), "network"), "n_feat": (other_net(n_feat=16), "network"), "n_context": (other_net(n_context=6), "network"),
+    "depth": (other_net(depth=1), "network"), "schedule of the same length": (other_schedule, "schedule"),
+    "share of dropped contexts": (lambda state: next(run(loss=with_dropped_context(prediction_loss, 0.3), resume=state)), "loss"),
+    "other loss": (lambda state: next(run(loss=prediction_loss, resume=state)), "loss"),
+    "other images, equally many": (lambda state: next(run(data=Shifted(), resume=state)), "data"),
+    "larger images, equally many": (lambda state: next(run(data=Grown(), resume=state)), "image_shape"),
+}
+
+@pytest.mark.parametrize("go_on, name", OTHER_RUNS.values(), ids=OTHER_RUNS.keys())
+def test_another_run_is_refused_by_name(tmp_path, go_on, name):
+    "Numbers that are equal are not enough: network, schedule, loss and data decide a run too. The state on disk is left alone."
+    path = save_training(tmp_path, next(run()).state())
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"cannot resume with other settings: .*{name} was .* and is now .*begin a new training") as e: go_on(resume_training(tmp_path))
+    assert "\n" not in str(e.value) and path.read_bytes() == before
+    next(run(resume=resume_training(tmp_path)))                     # the advice: resume with those of before
+
+def test_states_of_version_1_are_read_and_go_on(tmp_path, monkeypatch):
+    "They hold less, so less can be compared; the run ends in the same bits."
+    tensors, settings = next(run(steps=3)).state()
+    old = {k: v for k, v in settings.items() if k in ("step", "steps", "batch_size", "lr", "ema", "clip", "seed", "T", "images")}
+    monkeypatch.setattr("diffusion_course.checkpoints.VERSION", 1)
+    path = save_training(tmp_path, TrainingState(tensors, old))
+    monkeypatch.undo()
+    assert b"training 1" in path.read_bytes()
+    for step in run(steps=3, resume=resume_training(tmp_path)): pass
+    whole = uninterrupted(steps=3)
+    assert all(torch.equal(value, whole.tensors[name]) for name, value in step.state().tensors.items())
+    with pytest.raises(ValueError, match="lr was"): next(run(steps=3, lr=0.1, resume=resume_training(tmp_path)))
+
+def test_a_data_set_whose_items_change_can_be_resumed():
+    "Random crops, say: their pixels cannot identify the set."
+    class Jittered(Data):
+        def __getitem__(self, i): return self.images[i] + 0.01 * torch.randn(3, 4, 4), torch.eye(5)[i % 5]
+    state = next(run(data=Jittered())).state()
+    next(run(data=Jittered(), resume=state))
+
+
+# --- data of other kinds ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["bare tensors", "tuples of one"])
+def test_images_without_labels_can_be_trained_on(kind):
+    images = Data().images
+    data = torch.utils.data.TensorDataset(images) if kind == "tuples of one" else [x for x in images]
+    torch.manual_seed(0)
+    net = ContextUnet(n_feat=8, n_context=0)
+    losses = [step.loss for step in train(net, data, S, steps=3, batch_size=8, device="cpu", loss=with_dropped_context(prediction_loss))]
+    assert len(losses) == 3
+
+@pytest.mark.parametrize("item", [{"image": torch.zeros(3, 4, 4)}, (torch.zeros(3, 4, 4), torch.zeros(5), torch.zeros(1))], ids=["dict", "three"])
+def test_items_that_are_no_images_are_named(item):
+    with pytest.raises((ValueError, TypeError), match=r"\(image, context\)"): next(run(data=[item] * 8))
+
+def test_images_in_bytes_are_refused_and_images_from_0_to_1_are_told():
+    images = (Data().images + 1) / 2
+    def start(x): return next(train(ContextUnet(n_feat=8, n_context=0), [*x], S, steps=3, batch_size=8, device="cpu"))
+    with pytest.raises(ValueError, match="127.5"): start(images * 255)
+    with pytest.warns(UserWarning, match=r"\* 2 - 1"): start(images)
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start(images * 255 / 127.5 - 1); start(images * 2 - 1)      # what the messages advise
+
+
 def test_a_finished_run_has_nothing_to_do():
     state = uninterrupted(steps=3)
     assert list(run(steps=3, resume=state)) == []
