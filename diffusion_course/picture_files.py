@@ -39,7 +39,7 @@ def _header(path):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return Image.open(path, formats=("JPEG", "MPO"))  # need not be decoded in full
+                return Image.open(path, formats=["JPEG"])  # need not be decoded in full
         except (*large, Image.UnidentifiedImageError):
             raise _LeftOut(f"larger than {LIMIT / 1e6:.0f} megapixels") from e
 

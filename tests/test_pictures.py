@@ -611,6 +611,7 @@ def test_a_damaged_note_of_the_camera_costs_nothing(tmp_path):
 # ---------- the size: fit first, then the square
 
 @pytest.mark.parametrize('w, h', [(16, 16), (80, 80), (7, 7), (100, 60), (3, 5), (1, 1), (1, 400), (400, 1), (97, 31), (16, 9)])
+@pytest.mark.filterwarnings('ignore')
 def test_fits_in_the_middle(tmp_path, w, h):
     Image.new('RGB', (w, h), (0, 0, 0)).save(tmp_path/'a.png')
     ink = (Sprites.from_folder(tmp_path).images[0] == 0).all(-1)
@@ -798,6 +799,7 @@ def read_or_reason(folder):
 @pytest.fixture(scope='module')
 def bench(tmp_path_factory): return tmp_path_factory.mktemp('any bytes')
 
+@pytest.mark.filterwarnings('ignore')
 @fuzz(400)
 @given(st.data())
 def test_mutated_pictures(bench, data):
