@@ -9,6 +9,7 @@ __all__ = ['FORMATS', 'IMAGE_SUFFIXES', 'LIMIT']
 import os
 import re
 import sys
+import warnings
 from collections import defaultdict
 
 import numpy as np
@@ -29,14 +30,25 @@ class _LeftOut(Exception):
     "Why a file cannot be used"
 
 
+def _header(path):
+    "A picture of which only the header was read, `_LeftOut` where it promises too much"
+    large = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    try:
+        return Image.open(path, formats=FORMATS)
+    except large as e:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return Image.open(path, formats=["JPEG"])  # need not be decoded in full
+        except (*large, Image.UnidentifiedImageError):
+            raise _LeftOut(f"larger than {LIMIT / 1e6:.0f} megapixels") from e
+
+
 def _open(path, size):
     "A picture whose header promises little enough; a large JPEG will be decoded at an eighth"
     if not os.path.getsize(path):
         raise _LeftOut("empty file")
-    try:
-        image = Image.open(path, formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise _LeftOut(f"larger than {LIMIT / 1e6:.0f} megapixels") from e
+    image = _header(path)
     (w, h), progressive = image.size, "progressive" in image.info  # holds all of its coefficients
     if w * h > LIMIT and image.format in ("JPEG", "MPO") and not progressive:
         image.draft(None, (max(1, 2 * size * w // max(w, h)), max(1, 2 * size * h // max(w, h))))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oracles import random_unet
 from PIL import Image
 
-from diffusion_course import checkpoints, cli, context, fast_sampling, metrics, plots, sampling, sprites, training, unet
+from diffusion_course import arrays as array_files, checkpoints, cli, context, fast_sampling, folders, metrics, pictures, plots, sampling, sprites, training, unet
 from diffusion_course.sampling import Schedule, initial_noise, predictor
 
 FUZZ = int(os.environ.get("FUZZ", "1"))
@@ -247,7 +247,7 @@ def test_a_pickle_is_never_loaded(tmp_path):
     np.save(tmp_path / "evil.npy", np.array([Evil()], dtype=object), allow_pickle=True)
     with pytest.raises(checkpoints.CheckpointError): checkpoints.load_model(tmp_path / "evil.safetensors")
     with pytest.raises(checkpoints.CheckpointError): checkpoints.resume_training(tmp_path / "evil.safetensors")
-    with pytest.raises(TypeError): sprites.Sprites.from_npy(tmp_path / "evil.npy", tmp_path / "evil.npy")
+    with pytest.raises(TypeError): pictures.Sprites.from_npy(tmp_path / "evil.npy", tmp_path / "evil.npy")
     assert not (tmp_path / "owned").exists()
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def test_damaged_arrays(arrays, data, which):
     bad = arrays / "bad.npy"
     bad.write_bytes(mutated(paths[which].read_bytes(), data.draw))
     paths[which] = bad
-    found = attempt(sprites.Sprites.from_npy, *paths.values(), split="all")
+    found = attempt(pictures.Sprites.from_npy, *paths.values(), split="all")
     if found is not None:
         x, c = found.batch(range(len(found)))
         assert x.shape == (20, 3, 16, 16) and x.abs().max() <= 1 and (c.sum(1) == 1).all()
@@ -278,7 +278,7 @@ def test_damaged_pictures(tmp_path_factory, data):
     png = io.BytesIO()
     Image.fromarray(sprites.draw_sprites(1, seed=0)[0][0]).save(png, "PNG")
     (folder / "ü.png").write_bytes(mutated(png.getvalue(), data.draw))
-    found = attempt(sprites.Sprites.from_folder, folder.parent)
+    found = attempt(pictures.Sprites.from_folder, folder.parent)
     if found is not None: assert found.batch([0])[0].shape == (1, 3, 16, 16)
 
 def test_a_picture_that_claims_to_be_huge(tmp_path):
@@ -286,12 +286,12 @@ def test_a_picture_that_claims_to_be_huge(tmp_path):
     import zlib
     def chunk(kind, body): return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
-    with pytest.raises((OSError, ValueError)): sprites.Sprites.from_folder(tmp_path)
+    with pytest.raises((OSError, ValueError)): pictures.Sprites.from_folder(tmp_path)
 
 
 # --- docstrings ---
 
-MODULES = (sampling, training, context, fast_sampling, unet, checkpoints, sprites, metrics, plots)
+MODULES = (sampling, training, context, fast_sampling, unet, checkpoints, sprites, folders, array_files, pictures, metrics, plots)
 
 @pytest.mark.parametrize("f", [getattr(m, name) for m in MODULES for name in m.__all__ if inspect.isfunction(getattr(m, name))], ids=lambda f: f"{f.__module__.split('.')[1]}.{f.__name__}")
 def test_public_functions_are_documented(f): assert len((inspect.getdoc(f) or "")) > 10

@@ -611,6 +611,7 @@ def test_a_damaged_note_of_the_camera_costs_nothing(tmp_path):
 # ---------- the size: fit first, then the square
 
 @pytest.mark.parametrize('w, h', [(16, 16), (80, 80), (7, 7), (100, 60), (3, 5), (1, 1), (1, 400), (400, 1), (97, 31), (16, 9)])
+@pytest.mark.filterwarnings('ignore')
 def test_fits_in_the_middle(tmp_path, w, h):
     Image.new('RGB', (w, h), (0, 0, 0)).save(tmp_path/'a.png')
     ink = (Sprites.from_folder(tmp_path).images[0] == 0).all(-1)
@@ -622,14 +623,14 @@ def test_fits_in_the_middle(tmp_path, w, h):
 MEMORY = '''
 import re, sys, resource, warnings
 warnings.simplefilter('ignore')
-from diffusion_course.pictures import Sprites
+from diffusion_course.folders import read_folder
 from PIL import Image
 Image.new('RGB', (40, 40)).resize((16, 16), Image.Resampling.BOX)
 def peak():
     if sys.platform != 'linux': return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024   # ru_maxrss would begin at the peak of the parent
 before = peak()
-try: print(Sprites.from_folder(sys.argv[1]).reading)
+try: print(read_folder(sys.argv[1])[3])
 except OSError as e: print(e)
 print(peak() - before)
 '''
@@ -645,8 +646,10 @@ CASES = {
     'strip': (lambda p: Image.new('L', (12_000, 16)).save(p), 'a.png', '1 image without classes'),
     'longer strip': (lambda p: Image.new('L', (60_000, 16)).save(p), 'a.png', '1 image without classes'),
     'photo': (lambda p: _jpeg(p, 6000, 8000), 'a.jpg', '1 image without classes'),
+    'phone of 108 megapixels': (lambda p: Image.new('L', (12_000, 9_000), 99).save(p), 'a.jpg', '1 image without classes'),
     'progressive photo': (lambda p: _jpeg(p, 6000, 8000, progressive=True), 'a.jpg', '1 larger than 20 megapixels'),
     'bomb': (lambda p: _bomb(p, 60_000, 60_000), 'a.png', '1 larger than 20 megapixels'),
+    'bomb in the warning range': (lambda p: _bomb(p, 10_000, 12_000), 'a.png', '1 larger than 20 megapixels'),
     'smaller bomb': (lambda p: _bomb(p, 9_000, 9_000), 'a.png', '1 larger than 20 megapixels'),
     'just allowed': (lambda p: Image.new('RGBA', (5_000, 4_000)).save(p), 'a.png', '1 image without classes'),
     'palette': (lambda p: Image.new('P', (5_000, 4_000)).save(p, transparency=0), 'a.png', '1 image without classes'),
@@ -796,6 +799,7 @@ def read_or_reason(folder):
 @pytest.fixture(scope='module')
 def bench(tmp_path_factory): return tmp_path_factory.mktemp('any bytes')
 
+@pytest.mark.filterwarnings('ignore')
 @fuzz(400)
 @given(st.data())
 def test_mutated_pictures(bench, data):
