@@ -1,15 +1,19 @@
 "Whatever machine: a second device without float64 (a stand-in on this CPU), both precisions, a PyTorch without oneDNN, little memory."
+import ast
+import json
 import types
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from oracles import random_images, random_unet, seeded, smooth_predictor
 from standin import NAME, OnDevice, StandIn
 from torch.testing import assert_close
 
 import diffusion_course.sampling as sampling
+import diffusion_course.training as training
 from diffusion_course.context import drop_context, guided, one_hot, with_dropped_context
 from diffusion_course.fast_sampling import ddim, dpmpp_2m, heun
 from diffusion_course.sampling import (Schedule, at, clipped, ddpm, ideal_predictor, initial_noise, per_sample_noise, posterior, predictor,
@@ -141,6 +145,28 @@ def test_training(device):
 def test_context_is_dropped_there(device):
     kept = drop_context(torch.ones(50, 5), 0.5, seeded())
     assert torch.equal(drop_context(torch.ones(50, 5).to(NAME), 0.5, seeded()).cpu(), kept)
+
+def functions_of(notebook, names, **found):
+    "These functions of a lesson, out of its cells, in a namespace of these variables and the lesson's imports."
+    found = {**vars(training), **found}
+    cells = ["".join(c["source"]) for c in json.loads((ROOT / "nbs" / notebook).read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    for tree in (ast.parse("".join(line + "\n" for line in cell.splitlines() if not line.startswith("%"))) for cell in cells):
+        wanted = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)) or getattr(node, "name", None) in names]
+        exec(compile(ast.Module(wanted, []), notebook, "exec"), found)
+    return types.SimpleNamespace(**{name: found[name] for name in names})
+
+def test_lesson_2_with_a_network_elsewhere(device):
+    "`train` may have put the network on a GPU; what the lesson holds beside it is on the CPU, and so are its pictures."
+    net = random_unet(predicts="v").to(NAME)
+    held_out, context = Sprites.draw(200).batch(range(200))
+    lesson = functions_of("L2_Training.ipynb", ["draw", "loss_per_level", "device_of", "loss_on_new", "guess", "depends_on_batch"],
+                          schedule=S, rows=torch.eye(5), held_out=held_out, held_out_context=context, t=10, xt=held_out[:8],
+                          mates=held_out[100:156], mates_noise=torch.zeros(56, 3, 16, 16))
+    times = [1, 10, 20]
+    assert lesson.draw(net, steps=2).device == CPU and lesson.draw(net, steps=2).shape == (5, 3, 16, 16)
+    assert len(lesson.loss_per_level(predictor(net, S, context[:8].repeat(2, 1)), held_out[:8], times, repeats=2)) == 3
+    assert lesson.loss_on_new(net) > 0 and not lesson.depends_on_batch(net)
+    assert lesson.guess(net, torch.full((56,), 10)).device == CPU
 
 def test_wrong_versions_fail(device):
     "What the course did before: each of these fails, or stalls, on a device."
