@@ -16,51 +16,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from diffusion_course.judge import N_FLAWS, spoilt
 from diffusion_course.metrics import FeatureNet
 from diffusion_course.sprites import Sprites
 
 OUT = Path(__file__).parents[1] / "diffusion_course" / "pretrained" / "features.safetensors"
-N_FLAWS = 6     # blur, noise, three colours, sprinkles
 
 
 def tensors(sprites):
     "All images, float32 (n, 3, 16, 16) in [-1, 1], and all labels, int64 (n,)."
     return sprites.batch(range(len(sprites)))[0], torch.from_numpy(sprites.labels)
-
-
-# --- how a training sprite is spoilt; `strength` is (n, 1, 1, 1) or (n, 3, 1, 1), zero for no change ---
-
-def shifted(x, generator, by=2):
-    "Each image moved by up to `by` pixels; white comes in."
-    n, padded = len(x), F.pad(x, (by,) * 4, value=1.)
-    rows, cols = torch.randint(2 * by + 1, (2, n, 1), generator=generator) + torch.arange(16)
-    images, colours = torch.arange(n)[:, None, None, None], torch.arange(3)[:, None, None]
-    return padded[images, colours, rows[:, None, :, None], cols[:, None, None, :]]
-
-
-def blurred(x, strength):
-    weights = torch.tensor([[1., 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
-    return torch.lerp(x, F.conv2d(F.pad(x, (1,) * 4, mode="replicate"), weights.expand(3, 1, 3, 3), groups=3), strength)
-
-
-def sprinkled(x, strength, generator):
-    "Up to one pixel in ten takes the colour of a pixel of another sprite."
-    order = torch.randperm(256, generator=generator)
-    others = x.flatten(2)[:, :, order].view_as(x).roll(1, 0)
-    return torch.where(torch.rand(len(x), 1, 16, 16, generator=generator) < 0.1 * strength, others, x)
-
-
-def spoilt(x, generator):
-    "The images with random flaws, and how strong each flaw is: (n, N_FLAWS). Each flaw is absent from about half of the images."
-    n = len(x)
-    def present(): return (torch.rand(n, 1, generator=generator) < 0.5).float()
-    def strength(): return torch.rand(n, 1, generator=generator) * present()
-    blur, noise, sprinkle = strength(), strength(), strength()
-    tint = (2 * torch.rand(n, 3, generator=generator) - 1) * present()
-    x = sprinkled(shifted(x, generator), sprinkle[..., None, None], generator)
-    x = blurred(x, blur[..., None, None]) + 0.2 * tint[..., None, None]
-    x = x + 0.3 * noise[..., None, None] * torch.randn(x.shape, generator=generator)
-    return x.clamp(-1, 1), torch.cat([blur, noise, tint, sprinkle], 1)
 
 
 # --- training ---
@@ -70,14 +35,14 @@ def train(images, labels, epochs, seed, batch_size=128, lr=4e-3):
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     net = FeatureNet()
-    flaws = nn.Linear(net.head.in_features, N_FLAWS)    # only for the training
+    flaws = nn.Linear(net.head.in_features, N_FLAWS + 3)    # only for the training
     parameters = [*net.parameters(), *flaws.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * (len(images) // batch_size))
     for epoch in range(epochs):
         for batch in torch.randperm(len(images), generator=generator).split(batch_size):
             if len(batch) < batch_size: continue
-            x, strengths = spoilt(images[batch], generator)
+            x, strengths = spoilt(images[batch], generator, frame=1.)    # white comes in
             seen = net.body(x)
             loss = F.cross_entropy(net.head(seen), labels[batch], label_smoothing=0.05) + F.mse_loss(flaws(seen), strengths)
             optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
