@@ -44,9 +44,10 @@ def _sha256(*tensors):
 
 
 def _item(data, i): # the image, and the context where there is one
-    parts = data[i] if isinstance(data[i], (tuple, list)) else [data[i]]
+    item = data[i]
+    parts = item if isinstance(item, (tuple, list)) else [item]
     if not isinstance(parts[0], (Tensor, np.ndarray)) or len(parts) > 2:
-        raise ValueError(f"an item of the data set is {described(data[i])}: expected (image, context), two tensors, or an image alone")
+        raise ValueError(f"an item of the data set is {described(item)}: expected (image, context), two tensors, or an image alone")
     return [torch.as_tensor(part) for part in parts]
 
 
