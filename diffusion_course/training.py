@@ -249,12 +249,12 @@ def train(
         if step == first + 1: check_range(x0)
         optimizer.param_groups[0]["lr"] = lr * warmup_then_decay(step - 1, steps)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            value = loss(crew.share(net), x0.to(device), context if context is None else context.to(device), schedule, generator=_seeded(seed, 1, step))
+            value = loss(crew.share(net), send(x0, device), context if context is None else send(context, device), schedule, generator=_seeded(seed, 1, step))
         optimizer.zero_grad()
         value.backward()
         crew.sum_gradients(net)
         norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
-        value, norm = torch.stack([value.detach().to(norm), norm]).tolist() # the only time that a step waits for the device
+        value, norm = torch.stack([value.detach().to(norm), norm]).cpu().tolist() # the only time that a step waits for the device
         _check_finite(step, value, norm, lr)
         optimizer.step()
         average.update_parameters(net)
