@@ -27,7 +27,7 @@ from .unet import ContextUnet
 
 # %% ../nbs/toolkit/checkpoints.ipynb #fa719e9d
 VERSION = 2         # of our header; older ones are read, a newer one is refused
-_READERS = {"model": "load_model", "training": "resume_training"}
+_READERS = {"model": "load_model", "training": "resume_training", "judge": "load_judge"}
 
 class CheckpointError(ValueError):
     "The file is damaged, or not a checkpoint of this package. The message names it and says what to do."
@@ -89,7 +89,7 @@ def _unpack(blob, kind):
     except Exception as e: raise ValueError(f"{_diagnose(blob)} ({e})") from e
     head, data = _split(blob)
     header = head.get("__metadata__") or {}
-    found = re.fullmatch(r"diffusion_course (model|training) (\d+)", header.get("format", ""))
+    found = re.fullmatch(r"diffusion_course (model|training|judge) (\d+)", header.get("format", ""))
     if not found: raise ValueError("is a safetensors file of another program: read it with safetensors.torch.load_file")
     if int(found[2]) > VERSION:
         raise ValueError(f"is newer than this package (format {found[2]}, we read {VERSION}): upgrade diffusion_course")

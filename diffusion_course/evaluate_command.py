@@ -51,7 +51,13 @@ def _judge_of(name, data):
 def _own(chosen, name, data):
     "Pictures of the user's, for a model that was trained on them. ValueError where they do not fit."
     from diffusion_course.judge import LEAST, halves
-    found = data_named(data, size=chosen.size, channels=chosen.net.config["in_channels"])
+    import warnings
+
+    from diffusion_course.train_command import working_folder
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore") # the line that is printed says it all
+        found = data_named(data, size=chosen.size, channels=chosen.net.config["in_channels"],
+                           strips=chosen.about.get("strips", "keep"), skip=[working_folder(name)])
     print(found.reading or f"{len(found):,} drawn sprites")
     if tuple(map(str, found.class_names)) != chosen.classes:
         raise ValueError(f"{name} draws {', '.join(chosen.classes) or 'pictures without classes'}, and {data} holds "

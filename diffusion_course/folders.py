@@ -216,7 +216,7 @@ def _doubts(root, files, names, told, images, empty, strips):
     "What looks wrong, and what to do about it, for a `Reading`"
     n, long, same = len(told["strip"]), told["long"], blank(images)
     yield n and strips == "keep", (f"{_count(n, 'picture')} may be strips of frames "
-                                   f"({_some(told['strip'], 1)}): pass strips=\"cut\" to cut them")
+                                   f"({_some(told['strip'], 1)}): strips=\"cut\", or --strips cut, cuts them")
     yield long, (f"{_count(len(long), 'picture')} longer than 4:1, thin lines on white "
                  f"({_some(long, 1)}): crop them")
     yield same, f"{same:,} nearly blank"

@@ -7,18 +7,16 @@ __all__ = ['LEAST', 'LEAST_OF_A_CLASS', 'N_FLAWS', 'Halves', 'halves', 'spoilt',
            'load_judge']
 
 # %% ../nbs/toolkit/judge.ipynb #833c9639
-import json, re, warnings, zlib
+import json, warnings, zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoints import VERSION, CheckpointError
-from .checkpoints import _checksum, _dense, _diagnose, _misfits, _not_finite, _pack, _split, _to_json
+from .checkpoints import CheckpointError, _dense, _misfits, _not_finite, _pack, _read, _to_json
 from .disk import write_whole
 from .metrics import FeatureNet
 
@@ -204,30 +202,13 @@ def load_judge(
     FileNotFoundError if there is no such file. CheckpointError if it is damaged, foreign, newer than this package or of
     another kind, if its settings do not fit its tensors, or if its weights are not finite."""
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"There is no file {path}: check the path, or fit a judge and save it.")
-    blob = path.read_bytes()
-    try: tensors = safetensors.torch.load(blob)
-    except Exception as e: raise CheckpointError(f"{path} {_diagnose(blob)} ({e}).") from e
-    net = _net_of(path, *_split(blob))
+    tensors, header = _read(path, "judge")
+    try:
+        with torch.random.fork_rng(devices=[]): net = FeatureNet(**json.loads(header["config"]))
+        net.about = dict(json.loads(header["about"]))
+    except Exception as e: raise CheckpointError(f"The header of {path} is of no use: {type(e).__name__}: {e}") from e
     if wrong := _misfits(net.state_dict(), tensors):
         raise CheckpointError(f"{path} has settings that do not fit its tensors. {wrong}.")
     if bad := _not_finite(tensors): raise CheckpointError(f"{path}: {bad} NaN or infinite. Fit the judge again.")
     net.load_state_dict(tensors)
     return net.eval().requires_grad_(False)
-
-def _net_of(path, head, data):
-    "An empty network with the settings of a file's header. CheckpointError names what is wrong with the file."
-    header = head.get("__metadata__") or {}
-    found = re.fullmatch(r"diffusion_course judge (\d+)", header.get("format", ""))
-    if not found:
-        raise CheckpointError(f"{path} holds {header.get('format', 'something of another program')}, expected a judge of "
-                              "diffusion_course. A model is read with load_model.")
-    if int(found[1]) > VERSION:
-        raise CheckpointError(f"{path} is newer than this package (format {found[1]}, we read {VERSION}): upgrade it.")
-    if header.pop("crc32", "") != _checksum(head, data):
-        raise CheckpointError(f"{path} is damaged, its checksum is wrong: use another copy, or fit the judge again.")
-    try:
-        with torch.random.fork_rng(devices=[]): net = FeatureNet(**json.loads(header["config"]))
-        net.about = dict(json.loads(header["about"]))
-    except Exception as e: raise CheckpointError(f"The header of {path} is of no use: {type(e).__name__}: {e}") from e
-    return net

@@ -332,6 +332,91 @@ def test_info_says_what_a_model_draws(here, capsys):
     said = capsys.readouterr().out
     for word in ("hero, non-hero", "16 x 16", "kid"): assert word in said, word
 
+@pytest.fixture(scope="module")
+def stickers(tmp_path_factory):
+    "A folder of 1,300 pictures and a model of them, hardly trained."
+    from diffusion_course.stickers import draw_stickers
+    folder = tmp_path_factory.mktemp("own")
+    draw_stickers(folder / "set", 1300, size=16)
+    assert run("train", "--data", folder / "set", "--out", folder / "mine.safetensors", "--steps", 3, "--n-feat", 8, "--device", "cpu", "--mirror") == 0
+    return folder
+
+def quick_judge(monkeypatch, steps=40):
+    from diffusion_course import judge
+    fitted, fit = [], judge.fit_judge
+    monkeypatch.setattr(judge, "fit_judge", lambda data: fitted.append(len(data)) or fit(data, steps=steps))
+    return fitted
+
+def test_evaluate_judges_a_model_of_own_pictures(stickers, capsys, monkeypatch):
+    "By a judge of held-out pictures that is fitted once, kept beside the model and fitted anew for other pictures."
+    fitted, argv = quick_judge(monkeypatch), ["evaluate", "--model", stickers / "mine.safetensors", "--data", stickers / "set", "--n", 70, "--steps", 2]
+    (stickers / "mine.judge.safetensors").unlink(missing_ok=True)
+    assert run(*argv) == 0
+    first = capsys.readouterr().out
+    for word in ("1,300 images in 5 classes", "kid", "kid_se", "coverage", "class_accuracy", "nearest", "copies", "samples", "real ones", "mine.judge.safetensors"): assert word in first, word
+    assert "note" not in first and len(fitted) == 1 and 100 <= fitted[0] <= 200
+    assert run(*argv) == 0 and len(fitted) == 1
+    assert first[first.index("samples"):] == (second := capsys.readouterr().out)[second.index("samples"):]
+    rows = {line.split()[0]: line.split()[-2:] for line in first.splitlines()[-8:]}
+    assert float(rows["kid"][0]) > 2 * abs(float(rows["kid"][1])), "a model that is hardly trained is far from real pictures"
+
+def test_evaluate_says_when_the_pictures_are_others(stickers, here, capsys, monkeypatch):
+    from diffusion_course.stickers import draw_stickers
+    quick_judge(monkeypatch)
+    draw_stickers(here / "more", 1300, size=16, seed=5)
+    assert run("evaluate", "--model", stickers / "mine.safetensors", "--data", here / "more", "--n", 70, "--steps", 1) == 0
+    assert "not the very pictures" in capsys.readouterr().out
+    pictures(here / "pets", ["cats", "dogs"])
+    assert run("evaluate", "--model", stickers / "mine.safetensors", "--data", here / "pets") == 2 and "expected the pictures that it learnt from" in one_line(capsys)
+    assert run("evaluate", "--data", here / "pets") == 2 and "model file of yours" in one_line(capsys)
+    assert run("evaluate", "--model", stickers / "mine.safetensors") == 2
+    assert "--data" in one_line(capsys), "without --data it says what is missing"
+
+def test_evaluate_with_few_pictures(here, capsys, monkeypatch):
+    "Fewer than a judge needs: the training pictures are judged too, and a line says what that means; too few are refused."
+    from diffusion_course.stickers import draw_stickers
+    quick_judge(monkeypatch)
+    draw_stickers(here / "some", 150, size=16); draw_stickers(here / "few", 60, size=16)
+    for name in ("some", "few"): assert run("train", "--data", name, "--out", f"{name}.safetensors", "--steps", 2, "--n-feat", 8, "--batch-size", 8, "--device", "cpu") == 0
+    capsys.readouterr()
+    assert run("evaluate", "--model", "some.safetensors", "--data", "some", "--n", 70, "--steps", 1) == 0 and "would look good" in capsys.readouterr().out
+    assert run("evaluate", "--model", "few.safetensors", "--data", "few", "--n", 70, "--steps", 1) == 2 and "100 or more" in capsys.readouterr().err
+
+def test_a_foreign_file_in_the_place_of_the_judge_stays(stickers, here, capsys, monkeypatch):
+    quick_judge(monkeypatch)
+    Path("own.safetensors").write_bytes((stickers / "mine.safetensors").read_bytes())
+    Path("own.judge.safetensors").write_bytes(b"mine")
+    assert run("evaluate", "--model", "own.safetensors", "--data", stickers / "set", "--n", 70, "--steps", 1) == 2
+    assert "own.judge.safetensors" in one_line(capsys) and Path("own.judge.safetensors").read_bytes() == b"mine"
+
+def test_strips_are_cut_as_advised(here, capsys):
+    pictures(here / "set", ["walk"])
+    for i in range(3): Image.effect_noise((64, 16), 90).save(here / "set" / "walk" / f"strip{i}.png")
+    assert run("train", "--data", "set", *QUICK) == 0
+    advice = re.search(r"--strips cut", capsys.readouterr().out)
+    assert advice and run("train", "--data", "set", *QUICK, *advice[0].split()) == 0
+    assert "12 frames" in (said := capsys.readouterr().out) and "--strips" not in said
+    assert run("train", "--data", "set", *QUICK, "--strips", "shred") == 2 and "keep or cut" in one_line(capsys)
+
+def test_splits_as_advised(here, capsys):
+    pictures(here / "set" / "train", ["cat"]); pictures(here / "set" / "val", ["cat"])
+    assert run("train", "--data", "set", *QUICK) == 2
+    folder = re.search(r"pass (\S+)", one_line(capsys))[1]
+    assert run("train", "--data", folder, *QUICK) == 0 and load_model("model.safetensors")[1]["classes"] == ["cat"]
+    assert not Path("model.training").exists()
+
+def test_a_long_film_is_refused_before_the_work(here, small, capsys):
+    assert run("sample", "hero", "--n", 300, "--model", small, "--out", "x.gif") == 2 and "--n 300: expected 1 to 256" in one_line(capsys)
+    assert not list(here.iterdir())
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_stays(here, capsys, monkeypatch):
+    from diffusion_course import checkpoints
+    def full(*args, **kwargs): raise OSError(28, "No space left on device", "model.safetensors")
+    with monkeypatch.context() as m:
+        m.setattr(checkpoints, "save_model", full)
+        assert run(*TRAIN, "--steps", 2) == 2 and "No space left" in one_line(capsys)
+    assert list(Path("model.training").glob("step-*")) and run(*TRAIN, "--steps", 2, "--resume") == 0
+
 def test_memory_of_ten_thousand_sprites(here, small):
     "Drawn in batches: below 700 MB, and the first of them are those of a small call."
     code = "import sys, resource; from diffusion_course.cli import main; print(main()); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
