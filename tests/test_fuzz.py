@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oracles import random_unet
 from PIL import Image
 
-from diffusion_course import arrays as array_files, checkpoints, cli, context, fast_sampling, folders, metrics, pictures, plots, sampling, sprites, training, unet
+from diffusion_course import arguments, arrays as array_files, checkpoints, cli, context, disk, evaluate_command, fast_sampling, folders, identity, judge, metrics, pictures, plots, sampling, sprites, stickers, train_command, training, unet
 from diffusion_course.sampling import Schedule, initial_noise, predictor
 
 FUZZ = int(os.environ.get("FUZZ", "1"))
@@ -165,9 +165,23 @@ def test_drop_context(c, p):
 @fuzz(300)
 @given(st.text(max_size=20).map(lambda text: text.replace("\x00", "")), st.booleans())
 def test_context_of_the_command(text, valid):
-    try: c = cli._context("hero=1,food=" + text if valid else text, sprites.CLASSES)
+    try: c = arguments.context_named("hero=1,food=" + text if valid else text, sprites.CLASSES)
     except ValueError as refusal: assert str(refusal)
     else: assert c is None or (c.shape == (1, 5) and c.isfinite().all())
+
+names = st.lists(st.one_of(st.text(min_size=1, max_size=6), st.sampled_from(["none", "a", "a=b", "a,b", "1", "0=1", "hero", " x", "=", ","])), min_size=1, max_size=6)
+
+@fuzz(300)
+@given(names, st.data())
+def test_any_class_can_be_asked_for(found, data):
+    "As a name of a folder is kept: whatever the names are, each alone and any two with weights reach their classes."
+    classes = list(dict.fromkeys(name for text in found if (name := folders._shown(text).strip())))
+    if not classes: return
+    for i, name in enumerate(classes): assert arguments.weights_named(name, classes) == {i: 1.0}
+    i, j = (data.draw(st.integers(0, len(classes) - 1)) for _ in range(2))
+    try: both = arguments.weights_named(f"{classes[i]}=0.5,{classes[j]}=0.25", classes)
+    except ValueError as refusal: assert str(refusal)
+    else: assert abs(sum(both.values()) - 0.75) < 1e-9 or any("=" in c or "," in c for c in classes)
 
 @fuzz(60)
 @given(st.lists(st.sampled_from(["sample", "train", "evaluate", "lessons", "--n", "-1", "0", "hero", "dragon", "--steps", "--out", "x.jpg", "--seed", "--eta", "nan", "--", "=", "--resume", "--help", "", "é ü"]), max_size=5).filter(
@@ -291,7 +305,7 @@ def test_a_picture_that_claims_to_be_huge(tmp_path):
 
 # --- docstrings ---
 
-MODULES = (sampling, training, context, fast_sampling, unet, checkpoints, sprites, folders, array_files, pictures, metrics, plots)
+MODULES = (sampling, training, context, fast_sampling, unet, checkpoints, sprites, folders, array_files, pictures, metrics, plots, arguments, cli, disk, evaluate_command, identity, judge, stickers, train_command)
 
 @pytest.mark.parametrize("f", [getattr(m, name) for m in MODULES for name in m.__all__ if inspect.isfunction(getattr(m, name))], ids=lambda f: f"{f.__module__.split('.')[1]}.{f.__name__}")
 def test_public_functions_are_documented(f): assert len((inspect.getdoc(f) or "")) > 10
