@@ -73,7 +73,7 @@ def identity(
     schedule, # with alpha_bar: float64 (T+1,)
     loss, # the function that is minimised
 ) -> dict: # plain values, as JSON gives them back
-    "What decides a run beside its numbers. Two runs of one identity and equal numbers are the same run."
+    "What decides a run beside its settings. Two runs of one identity and equal settings count as the same run."
     config = getattr(net, "config", None)
     weights = ", ".join(f"{name} {list(x.shape)}" for name, x in net.state_dict().items())
     return dict(network=f"{type(net).__name__}({_listed(config) if config else weights})",

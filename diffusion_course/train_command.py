@@ -32,7 +32,7 @@ def steps_for(
     size: int, # pixels per side
     batch_size: int,
 ) -> int: # optimiser steps
-    "2,000 for small pictures and more for large ones, but no picture more than 200 times; at least 500."
+    "2,000 for small pictures and more for large ones, but no picture more than about 200 times; never fewer than 500."
     return max(500, min(2000 * size // 16, 200 * n // batch_size))
 
 # %% ../nbs/toolkit/train_command.ipynb #8f34b6f6
