@@ -82,7 +82,7 @@ def model_named(
 # %% ../nbs/toolkit/arguments.ipynb #8009d343
 def _same(text): # one form for a name that can be written in several ways, by the rule for names of folders
     from diffusion_course.folders import _shown
-    return _shown(text).strip()
+    return _shown(text)
 
 
 def weights_named(
@@ -92,10 +92,11 @@ def weights_named(
     "The classes of a mixture. Numbers are positions, unless a class is called so. ValueError for what is no class or no number."
     names = {_same(name): i for i, name in enumerate(classes)}
     names = {**{str(i): i for i in range(len(classes))}, **names}
-    if _same(text) in names: return {names[_same(text)]: 1.0}
+    for exact in (_same(text), _same(text).strip()):
+        if exact in names: return {names[exact]: 1.0}
     one_of = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     part = re.compile(rf"\s*({one_of})\s*(?:=\s*([^\s,=]+)\s*)?(?:,|$)")
-    rest, weights = _same(text), {}
+    rest, weights = _same(text).strip(), {}
     while rest:
         if not (found := part.match(rest)):
             raise ValueError(f"{rest!r}: expected a class, such as {classes[0]}, or classes with numbers, such as "
@@ -103,6 +104,7 @@ def weights_named(
         try: weight = float(found[2] or 1)
         except ValueError:
             raise ValueError(f"{found[0].strip(' ,')!r}: expected a number behind the =, such as {found[1]}=0.5") from None
+        if not abs(weight) < 1e6: raise ValueError(f"{found[0].strip(' ,')!r}: expected a number below a million, such as {found[1]}=0.5")
         weights[names[found[1]]] = weights.get(names[found[1]], 0.0) + weight
         rest = rest[found.end():]
     return weights
@@ -114,10 +116,10 @@ def context_named(
 ): # float32 (1, k), or None for no context
     "A context vector from text. ValueError for a class that does not exist, also where the model knows no classes."
     from diffusion_course.context import mix
-    if text.strip() == "none" and "none" not in classes: return None
+    if text.strip() == "none" and not {text, "none"} & set(classes): return None
     if not classes:
         raise ValueError(f"{text!r}: this model draws without classes, so none is the only thing to ask for")
-    if not text.strip():
+    if not text.strip() and text not in classes:
         raise ValueError(f"expected a class of {', '.join(classes)}, or none")
     return mix(weights_named(text, classes), list(classes))
 
@@ -152,4 +154,16 @@ def data_named(
     pairs = [(text[:i], text[i + 1:]) for i, letter in enumerate(text) if letter == ","]
     if not pairs: raise FileNotFoundError(f"--data {text}: there is no such folder; expected a folder of pictures, or images.npy,labels.npy")
     there = [pair for pair in pairs if all(Path(p).is_file() for p in pair)]
-    return Sprites.from_npy(*(there or pairs)[0], split="all")
+    images_file, labels_file = (there or pairs)[0]
+    return Sprites.from_npy(images_file, labels_file, split="all", class_names=_names_in(labels_file))
+
+
+def _names_in(labels_file): # the five of the course where the rows fit, else numbers: an array holds no names
+    import numpy as np
+
+    from diffusion_course.sprites import CLASSES
+    try: labels = np.load(labels_file, mmap_mode="r", allow_pickle=False)
+    except Exception: return CLASSES # the reader says what is wrong with the file
+    if labels.ndim == 2: return CLASSES if labels.shape[1] == len(CLASSES) else [str(k) for k in range(labels.shape[1])]
+    whole = labels.ndim == 1 and labels.dtype.kind in "iu" and len(labels) and 0 <= labels.min() <= labels.max() < 10_000
+    return [str(k) for k in range(int(labels.max()) + 1)] if whole else CLASSES

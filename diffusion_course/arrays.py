@@ -74,7 +74,10 @@ def _line(array, change):
     "The line to write for a file or for an array in hand; '' without a change"
     if not change:
         return ""
-    return f"pass  {change}" if array is None else f"write  np.save({str(array)!r}, {change})"
+    if array is None:
+        return f"pass  {change}"
+    new = Path(array).with_stem(Path(array).stem + "-new")  # the original stays
+    return f"write  np.save({str(new)!r}, {change})  and read {new}"
 
 
 def _check_dtype(images, what, file=None):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'MARK', 'PRETRAINED', 'CheckpointError', 'save_model', 'load_model', 'latest_step', 'save_training',
-           'resume_training', 'claim_training', 'remove_training', 'pretrained_file', 'pretrained']
+           'resume_training', 'claim_training', 'sheets_of', 'remove_training', 'pretrained_file', 'pretrained']
 
 # %% ../nbs/toolkit/checkpoints.ipynb #4df0269e
 import json
@@ -193,7 +193,8 @@ def save_training(
     """Write `step-00000123.safetensors`, all or nothing; then remove all but the newest `keep` states up to this step.
 
     States of later steps, from an earlier run in the same folder, are left alone, with a warning. TypeError or
-    ValueError for a state that cannot be stored, OSError if writing fails. The states before it stay intact."""
+    ValueError for a state that cannot be stored, FileExistsError for a file of that name which is not ours, OSError if
+    writing fails. The states before it stay intact, and so does whatever else is in the folder."""
     if not (hasattr(state, "tensors") and hasattr(state, "settings")):
         raise TypeError(f"state is a {type(state).__name__}, expected a TrainingState, such as step.state() gives.")
     step = state.settings.get("step")
@@ -204,9 +205,11 @@ def save_training(
     header = dict(settings=_to_json("setting", state.settings), channels_last=_channels_last(state.tensors))
     blob = _pack("training", tensors, **header)
     dir.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not is_ours(path):
+        raise FileExistsError(f"{path} is there already and is no training state of this package, so it stays: choose another folder.")
     remove(dir.glob(f".{SIGNATURE}-*.tmp"))    # what a killed process left behind
     write_whole(path, blob)
-    remove([p for p in _states(dir) if _step_of(p) <= step][:-keep])
+    remove([p for p in _states(dir) if _step_of(p) <= step and is_ours(p)][:-keep])
     if (latest := latest_step(dir)) > step:
         warnings.warn(f"{dir} also holds a later step, {latest}: resume_training takes that one. Use a folder for each "
                       "training, or delete the later files.", stacklevel=2)
@@ -233,7 +236,7 @@ def resume_training(
     except CheckpointError as e:
         good = next(filter(_is_good, reversed(states[:-1])), None)
         todo = f"go on from the newest good one, resume_training({str(good)!r})" if good else "start anew"
-        raise CheckpointError(f"{e} Delete it, or {todo}.") from e
+        raise CheckpointError(f"{e} Move it away, or {todo}.") from e
 
 def _read_state(path):
     tensors, header = _read(path, "training")
@@ -264,12 +267,18 @@ def claim_training(
     write_whole(dir / MARK, b"This folder belongs to a training of diffusion_course, which removes its files when it is done.\n")
     return dir
 
+def sheets_of(
+    dir: str | Path,    # of a training
+) -> list[Path]:        # samples-00000200.png and so on, the oldest first
+    "The sheets of samples that a training has drawn."
+    return sorted(p for p in Path(dir).glob("samples-*.png") if re.fullmatch(r"samples-\d{8}\.png", p.name) and is_ours(p))
+
 def remove_training(
     dir: str | Path,    # of a training that is done
 ) -> list[str]:         # what stays, because a training did not write it
     "Remove the files that trainings wrote into `dir`, and the folder itself if nothing else is in it."
     dir = Path(dir)
-    written = [p for p in [*_states(dir), *dir.glob("samples-*.png")] if is_ours(p)]
+    written = [p for p in [*_states(dir), *sheets_of(dir)] if is_ours(p)]
     remove([*written, *dir.glob(f".{SIGNATURE}-*.tmp"), dir / MARK])
     with suppress(OSError): dir.rmdir()             # refused while something is in it
     return sorted(p.name for p in dir.iterdir()) if dir.is_dir() else []

@@ -7,6 +7,7 @@ __all__ = ['SIGNATURE', 'write_whole', 'remove', 'is_ours', 'free_to_write']
 
 # %% ../nbs/toolkit/disk.ipynb #06c1fdca
 import os
+import re
 import secrets
 import tempfile
 from contextlib import suppress
@@ -52,11 +53,16 @@ def _sync_folder(folder):
         finally: os.close(fd)
 
 # %% ../nbs/toolkit/disk.ipynb #a4b90465
+_MARKS = re.compile(rb'"format": ?"diffusion_course (?:model|training|judge) \d+"'    # header of safetensors
+                    rb"|tEXtSoftware\0diffusion_course(?![\w/.-]{5})"                # text chunk of a PNG, before its checksum
+                    rb"|!\xfe\x10diffusion_course\0")                              # comment of a GIF, 16 letters long
+
+
 def is_ours(
     path: str | Path, # of a file
 ) -> bool:
     "Was this file written by this package? OSError if it cannot be read."
-    with open(path, "rb") as file: return SIGNATURE.encode() in file.read(2**16)
+    with open(path, "rb") as file: return bool(_MARKS.search(file.read(2**16)))
 
 
 def free_to_write(
@@ -68,7 +74,8 @@ def free_to_write(
     ValueError for another ending, IsADirectoryError for a folder, FileExistsError for a file of somebody else, OSError for a
     place where nothing can be written."""
     path = Path(path)
-    if path.suffix.lower() not in endings:
+    if path.is_symlink(): path = path.resolve() # what a link points to is written, the link stays
+    if path.suffix not in endings:
         raise ValueError(f"{path}: expected a name that ends in {' or '.join(endings)}")
     if path.is_dir(): raise IsADirectoryError(f"{path} is a folder: name a file in it, such as {path / ('new' + endings[0])}")
     if path.exists() and not is_ours(path):

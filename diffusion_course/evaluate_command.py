@@ -37,11 +37,10 @@ def _judge_of(name, data):
     "The judge beside a model, fitted first where there is none for these pictures."
     from diffusion_course.disk import free_to_write
     from diffusion_course.judge import fit_judge, judge_beside, load_judge, save_judge
-    path = judge_beside(name)
+    path = free_to_write(judge_beside(name), ".safetensors")
     if path.is_file():
         judge = load_judge(path)
         if judge.about.get("fingerprint") == data.fingerprint: return judge
-    free_to_write(path, ".safetensors")
     print(f"fitting a judge to {len(data):,} pictures; it is kept in {path}", flush=True)
     judge = fit_judge(data)
     save_judge(path, judge, fingerprint=data.fingerprint)

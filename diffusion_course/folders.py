@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .disk import is_ours
 from .picture_files import IMAGE_SUFFIXES, _LeftOut, _ranges, _read
 
 # %% ../nbs/toolkit/folders.ipynb #9b8182a2
@@ -35,7 +36,7 @@ def _shown(name):
 
 def _count(n, what):
     "`2,380 dead links`: a number and a noun, or a reason that needs no plural"
-    nouns = r"^(\w+ )?(image|class|picture|animation|strip|frame|link|file|folder)\b"
+    nouns = r"^(\w+ )?(image|class|picture|animation|strip|frame|link|file|folder|sheet)\b"
     plural = re.sub(nouns, lambda m: m[0] + ("es" if m[0].endswith("s") else "s"), what)
     return f"{n:,} {what if n == 1 else plural}"
 
@@ -82,7 +83,15 @@ def _is_training(folder, names):
             and any(n.startswith("step-") for n in own))
 
 
-def _why_not(path, name, system):
+def _is_drawing(path):
+    "A picture that a command of ours wrote: beside the classes of a set it is output, no data"
+    try:
+        return is_ours(path)
+    except OSError:
+        return False  # whoever reads it says why that fails
+
+
+def _why_not(path, below, name, system):
     "Why a file is left out: a reason, or '' for what nobody misses; None: it is to be read"
     suffix = os.path.splitext(name)[1].lower()
     picture = suffix in IMAGE_SUFFIXES or suffix in _NOT_OURS
@@ -92,12 +101,12 @@ def _why_not(path, name, system):
         return "hidden file" * (picture and not name.startswith("._"))
     if not os.path.exists(path):
         return "dead link"
-    if name.endswith(SHEET):
-        return "sheet of samples"
     if not picture:
         return "other file"
     if not os.path.isfile(path):
         return "pipe or device"  # reading one might never end
+    if name.endswith(SHEET) or (os.sep not in below and suffix == ".png" and _is_drawing(path)):
+        return "sheet of samples"
     return suffix if suffix in _NOT_OURS else None
 
 
@@ -116,6 +125,7 @@ def _walk(root, skip):
     Every real folder is entered once, those of the first level first: no link leads in a circle.
     """
     kept, left, tops = [], defaultdict(list), []
+    skip = [skip] if isinstance(skip, (str, os.PathLike)) else skip
     skipped = {_identity(folder) for folder in skip}
     seen = {_identity(root)} | skipped
     queue = deque([("", "")])  # (path below the root, the system's folder that it is in)
@@ -128,13 +138,14 @@ def _walk(root, skip):
             left["locked folder"].append(below)
             continue
         if below and _is_training(here, names):
+            left["working folder of a training"].append(below)
             continue
         tops += [below] * (below != "" and os.sep not in below and not system)
         links_last = lambda n: (os.path.islink(os.path.join(here, n)), _shown(n), n)
         for name in sorted(names, key=links_last):
             path, full = os.path.join(below, name), os.path.join(here, name)
             if not os.path.isdir(full):
-                why = _why_not(full, name, system)
+                why = _why_not(full, path, name, system)
                 kept.append(path) if why is None else left[why].append(path)
             elif (real := _identity(full)) not in seen:
                 seen.add(real)
@@ -157,7 +168,9 @@ def _check_layout(root, files):
     "ValueError for folders that are splits, and for pictures beside classes"
     tops = {os.path.dirname(p).split(os.sep)[0]: None for p in files}
     folders, loose = [t for t in tops if t], [p for p in files if not os.path.dirname(p)]
-    if folders and all(name.lower() in _SPLITS for name in folders):
+    classes_below = any(p.count(os.sep) > 1 for p in files)  # a lone folder called test may be a class
+    if (all(name.lower() in _SPLITS for name in folders)
+            and (len(folders) > 1 or folders and classes_below)):
         first = min(folders, key=lambda name: _SPLITS.index(name.lower()))
         raise ValueError(f"the folders of {root} are splits ({_some(folders)}), expected classes; "
                          f"pass {Path(root) / first}")

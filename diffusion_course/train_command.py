@@ -65,18 +65,21 @@ class _Sampler:
         "Write `samples-00000200.png` into the folder."
         from functools import partial
 
+        from diffusion_course.disk import is_ours
         from diffusion_course.fast_sampling import dpmpp_2m
         from diffusion_course.plots import save_images
         from diffusion_course.sampling import clipped, predictor, sample
         predict = clipped(predictor(net, self.schedule, self.context), self.schedule)
         try: x = sample(predict, self.schedule, 8, sampler=partial(dpmpp_2m, eta=1.0), steps=min(20, self.schedule.T), shape=self.shape)
         except FloatingPointError: return # a network at its very beginning; the training itself notices when it diverges
-        save_images(self.folder / f"samples-{step:08d}.png", x, ncols=8, scale=max(1, 64 // self.shape[-1]))
+        path = self.folder / f"samples-{step:08d}.png"
+        if not path.exists() or is_ours(path): save_images(path, x, ncols=8, scale=max(1, 64 // self.shape[-1]))
 
     def strip(self, path):
         "All sheets below each other, the oldest on top; at most twelve."
+        from diffusion_course.checkpoints import sheets_of
         from diffusion_course.plots import stack_images
-        sheets = sorted(self.folder.glob("samples-*.png"))
+        sheets = sheets_of(self.folder)
         if not sheets: return None
         chosen = sorted({round(i * (len(sheets) - 1) / 11) for i in range(12)})
         return stack_images(path, [sheets[i] for i in chosen])
@@ -104,11 +107,12 @@ def working_folder(
 def _started(folder, resume):
     "Claim the folder; the state to go on from, or None for a new training."
     from diffusion_course.checkpoints import claim_training, latest_step, resume_training
-    done = latest_step(folder) if folder.is_dir() else None
+    if resume and not folder.is_dir(): raise FileNotFoundError(f"{folder} holds no training to resume: leave out --resume to begin one")
+    claim_training(folder) # refuses a folder of somebody else
+    done = latest_step(folder)
     if done is None and resume: raise FileNotFoundError(f"{folder} holds no training to resume: leave out --resume to begin one")
     if done is not None and not resume:
-        raise FileExistsError(f"{folder} holds a training that reached step {done}: add --resume to go on, or delete the folder to begin anew")
-    claim_training(folder)
+        raise FileExistsError(f"{folder} holds a training that reached step {done}: add --resume to go on, or choose another --out")
     return resume_training(folder) if resume else None
 
 
@@ -154,9 +158,13 @@ def train(
     from diffusion_course.sampling import Schedule
     from diffusion_course.training import prediction_loss, progress, train as loop
     from diffusion_course.unet import ContextUnet
-    for name, value in dict(batch_size=batch_size, every=every).items(): check_number(name, value, 1)
-    for name, value in dict(steps=steps, seed=seed).items(): check_number(name, value, 0)
+    check_number("batch_size", batch_size, 1, 2**13)
+    check_number("every", every, 1)
+    check_number("steps", steps, 0)
+    check_number("seed", seed, 0, 2**63 - 1)
     check_number("drop", drop, 0, 1)
+    check_number("lr", lr, 1e-9, 10)
+    ContextUnet(channels, n_feat, 0, predicts, 1) # refuses what makes no network before anything is read
     depth_for(size)
     if strips not in ("keep", "cut"): raise ValueError(f"--strips {strips}: expected keep or cut")
     device, source = device_named(device), data
@@ -202,7 +210,8 @@ def suggestion(
 ) -> str: # a command that works as it stands
     "How to draw from a model: its first class, quoted where a shell needs it."
     what = classes[0] if classes else "none"
-    return shlex.join(["diffusion-course", "sample", "--model", str(model), *(["--"] if what.startswith("-") else []), what])
+    model = f"./{model}" if str(model).startswith("-") else str(model)
+    return shlex.join(["diffusion-course", "sample", "--model", model, *(["--"] if what.startswith("-") else []), what])
 
 
 def _say_plan(net, data, schedule, options, state, folder):

@@ -512,3 +512,12 @@ def test_shipped_model_fits_its_limit():
     for name in ("sprites",): # features.safetensors is the judge of the metrics, not a diffusion model
         net, schedule = pretrained(name)
         assert net.predicts in ("eps", "x0", "v") and isinstance(schedule, Schedule)
+
+
+def test_foreign_files_with_the_names_of_states_stay(tmp_path):
+    "Weights of another program, called as ours are: saving refuses to overwrite them and does not prune them."
+    foreign = {tmp_path / f"step-{k:08d}.safetensors": safetensors.torch.save({"w": torch.ones(k)}) for k in (1, 2, 4)}
+    for path, blob in foreign.items(): path.write_bytes(blob)
+    with pytest.raises(FileExistsError, match="step-00000004.*another folder"): save_training(tmp_path, state(4), keep=1)
+    save_training(tmp_path, state(5), keep=1); save_training(tmp_path, state(6), keep=1)
+    assert {p: p.read_bytes() for p in foreign} == foreign and len(names(tmp_path)) == 4

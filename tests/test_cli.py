@@ -405,6 +405,63 @@ def test_splits_as_advised(here, capsys):
     assert run("train", "--data", folder, *QUICK) == 0 and load_model("model.safetensors")[1]["classes"] == ["cat"]
     assert not Path("model.training").exists()
 
+def test_the_name_of_the_course_somewhere_is_no_mark(here, small, capsys):
+    "A path in the metadata of somebody else's file, say."
+    from PIL.PngImagePlugin import PngInfo
+    from safetensors.torch import save_file
+    text = PngInfo(); text.add_text("Source", "/home/me/diffusion_course/notes")
+    Image.new("RGB", (8, 8)).save("shot.png", pnginfo=text)
+    save_file({"w": torch.ones(2)}, "lora.safetensors", {"trained_on": "/home/me/diffusion_course/pets"})
+    for name, argv in (("shot.png", ["sample", "hero", "--model", small]), ("lora.safetensors", [*TRAIN, "--steps", 2])):
+        before = Path(name).read_bytes()
+        assert run(*argv, "--out", name) == 2 and name in one_line(capsys) and Path(name).read_bytes() == before
+
+def test_foreign_files_with_names_like_ours_stay(here, capsys):
+    "In the working folder of a training: neither overwritten, nor pruned, nor removed at the end."
+    stop = "import sys; import diffusion_course.train_command as t; t._Interrupted.__bool__ = lambda s: True\nfrom diffusion_course.cli import main; sys.exit(main())"
+    argv = [*TRAIN, "--steps", "6", "--every", "2"]
+    assert subprocess.run([sys.executable, "-c", stop, *argv], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True).returncode == 130
+    mine = {Path("model.training") / name: b"mine" for name in ("step-00000000.safetensors", "samples-00000004.png", "samples-best.png", "samples-zzz.png")}
+    for path, blob in mine.items(): path.write_bytes(blob)
+    assert run(*argv, "--resume") == 0 and Path("model.safetensors").exists()
+    assert {p: p.read_bytes() for p in Path("model.training").iterdir()} == mine and "stays" in capsys.readouterr().out
+
+def test_a_folder_with_a_foreign_state_is_no_training(here, capsys):
+    Path("model.training").mkdir()
+    Path("model.training/step-00000100.safetensors").write_bytes(b"mine")
+    for more in ([], ["--resume"]):
+        assert run(*TRAIN, "--steps", 2, *more) == 2
+        said = one_line(capsys)
+        assert "stays as it is" in said and "delete" not in said.lower()
+    assert [p.name for p in Path("model.training").iterdir()] == ["step-00000100.safetensors"]
+
+def test_names_with_blanks_are_classes_of_their_own(here, capsys):
+    from diffusion_course.arguments import context_named
+    assert context_named("cat", ("cat", "cat ")).tolist() == [[1, 0]] and context_named("cat ", ("cat", "cat ")).tolist() == [[0, 1]]
+    assert context_named(" none", (" none", "x")).tolist() == [[1, 0]] and context_named("none", (" none", "x")) is None
+    assert context_named("  ", ("  ", "x")).tolist() == [[1, 0]]
+
+def test_a_suggestion_for_a_model_that_begins_with_a_dash(here, capsys):
+    assert run(*TRAIN, "--steps", 2, "--out", "./-m.safetensors") == 0
+    assert run(*shlex.split(capsys.readouterr().out.split("try  ")[1])[1:]) == 0
+
+def test_arrays_of_any_number_of_classes(here, capsys):
+    import numpy as np
+    np.save("x.npy", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)); np.save("y.npy", np.arange(40) % 7)
+    assert run("train", "--data", "x.npy,y.npy", *QUICK) == 0 and load_model("model.safetensors")[1]["classes"] == [str(k) for k in range(7)]
+    assert run(*shlex.split(capsys.readouterr().out.split("try  ")[1])[1:]) == 0
+
+def test_sheets_of_samples_beside_the_classes_are_no_pictures(here, capsys):
+    pictures(here, ["cats", "dogs"])
+    assert run("train", "--data", ".", *QUICK) == 0 and run("sample", "cats", "--model", "model.safetensors") == 0
+    assert Path("sprites.png").exists() and run("train", "--data", ".", "--out", "again.safetensors", *QUICK) == 0
+    assert "sheets of samples" in capsys.readouterr().out and load_model("again.safetensors")[1]["classes"] == ["cats", "dogs"]
+
+@pytest.mark.parametrize("argv", [["--out", "M.SAFETENSORS"], ["--lr", "inf"], ["--lr", "nan"], ["--lr", 0], ["--n-feat", 7], ["--predicts", "q"], ["--seed", 10**20], ["--batch-size", 10**6]], ids=str)
+def test_what_cannot_be_trained_is_refused_before_anything_is_read(here, capsys, argv):
+    assert run("train", "--data", "nowhere", *argv) == 2
+    assert "nowhere" not in one_line(capsys) and not list(here.iterdir())
+
 def test_a_long_film_is_refused_before_the_work(here, small, capsys):
     assert run("sample", "hero", "--n", 300, "--model", small, "--out", "x.gif") == 2 and "--n 300: expected 1 to 256" in one_line(capsys)
     assert not list(here.iterdir())

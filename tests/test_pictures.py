@@ -384,16 +384,34 @@ def test_our_own_training_is_no_data(tmp_path):
     own = tmp_path/'mine.training'; own.mkdir()
     for name in ('step-00000100.safetensors', 'x.tmp'): (own/name).write_bytes(b'x')
     _draw(own/'samples-100.png')
-    assert told(tmp_path)[1] == '1 image without classes'         # by what it holds
+    assert told(tmp_path)[1] == '1 image without classes; 1 file left out: 1 working folder of a training (mine.training)'         # by what it holds
     (own/'step-00000100.safetensors').unlink()
     with pytest.raises(ValueError, match='beside sub-folders'): Sprites.from_folder(tmp_path)
     (own/MARKER).touch()
-    assert told(tmp_path)[1] == '1 image without classes'         # by its marker
+    assert told(tmp_path)[1] == '1 image without classes; 1 file left out: 1 working folder of a training (mine.training)'         # by its marker
     (own/MARKER).unlink()
-    assert told(tmp_path, skip=[own])[1] == told(tmp_path, skip=(str(own),))[1] == '1 image without classes'
+    assert told(tmp_path, skip=[own])[1] == told(tmp_path, skip=(str(own),))[1] == told(tmp_path, skip=str(own))[1] == '1 image without classes'
     (tmp_path/'1.png').unlink()
     (tmp_path/'cats.training').mkdir(); _draw(tmp_path/'cats.training'/'a.png'); _draw(own/'a.png')
     assert told(tmp_path)[0].class_names == ('cats.training', 'mine.training')   # the name alone decides nothing
+
+def test_sheets_beside_the_classes_are_told(tmp_path):
+    "What a command of ours drew into the folder of the data. In a class it is a picture like others."
+    from diffusion_course.plots import save_images
+    sheet = np.zeros((1, 16, 16, 3), np.uint8)
+    _draw_into = [tmp_path/'cat'/'1.png', tmp_path/'sprites.png', tmp_path/'m.samples.png']
+    for path in _draw_into: save_images(path, sheet + 90, scale=1)
+    _save(tmp_path/'dog'/'1.png')
+    data, line = told(tmp_path)
+    assert len(data) == 2 and data.class_names == ('cat', 'dog') and '2 sheets of samples' in line
+    _save(tmp_path/'mine.png')
+    with pytest.raises(ValueError, match='beside sub-folders'): Sprites.from_folder(tmp_path)
+
+def test_a_lone_folder_called_test_may_be_a_class(tmp_path):
+    _save(tmp_path/'test'/'1.png')
+    assert told(tmp_path)[0].class_names == ('test',)
+    _save(tmp_path/'test'/'cat'/'1.png')
+    with pytest.raises(ValueError, match='splits'): Sprites.from_folder(tmp_path)
 
 def test_links_do_not_lead_in_circles(tmp_path):
     _save(tmp_path/'cat'/'1.png'); _save(tmp_path/'dog'/'2.png', (0, 0, 9)); outside = tmp_path.with_name('outside'); _save(outside/'3.png')
@@ -481,7 +499,7 @@ def test_animation_strips(tmp_path, lay, n):
     Image.fromarray(frames[0]).save(tmp_path/'a.png'); Image.fromarray(lay(list(frames))).save(tmp_path/'b.png')
     data, line = told(tmp_path)
     assert len(data) == 2 and (data.images[1] == 255).all(-1).mean() > .6
-    assert '1 picture may be strips of frames (b.png): pass strips="cut"' in line
+    assert '1 picture may be strips of frames (b.png): strips="cut", or --strips cut' in line
     data, line = told(tmp_path, strips='cut')
     np.testing.assert_array_equal(data.images[1:], frames)
     assert line == f'{n + 1} images without classes; 1 strip cut into {n} frames'
@@ -685,12 +703,16 @@ def test_a_large_photo_is_read_rightly(tmp_path):
 def follow(folder, monkeypatch, **how):
     "Do what each message says until there is none: the data set, and how many lines were written"
     monkeypatch.chdir(folder)
+    files, originals = {'x': 'x.npy', 'y': 'y.npy'}, {name: Path(name).read_bytes() for name in ('x.npy', 'y.npy')}
     for attempt in range(6):
-        try: return Sprites.from_npy('x.npy', 'y.npy', split='all', **how), attempt
+        try: data = Sprites.from_npy(*files.values(), split='all', **how)
         except (TypeError, ValueError) as e:
-            if (line := re.search(r'write  (np\.save\(.*\))$', str(e))): exec(line[1], dict(np=np))
+            if (line := re.search(r'write  (np\.save\(.*\))  and read (([xy])\S+)$', str(e))): exec(line[1], dict(np=np)); files[line[3]] = line[2]
             elif (line := re.search(r'pass (class_names=\[.*\])$', str(e))): how |= eval(f'dict({line[1]})')
             else: raise
+        else:
+            assert originals == {name: Path(name).read_bytes() for name in originals}, 'the advice costs the original'
+            return data, attempt
     pytest.fail('the advice leads nowhere')
 
 SPRITES = draw_sprites(20, seed=5)
