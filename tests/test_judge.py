@@ -266,11 +266,11 @@ def test_what_is_not_a_judge_is_named(tmp_path, judge):
     good = save_judge(tmp_path / "good.safetensors", judge).read_bytes()
     model = save_model(tmp_path / "model.safetensors", ContextUnet(n_feat=8), schedule=Schedule.cosine(10))
     cases = {"web page": b"<html>", "is empty": b"", "cut short": good[:-9], "checksum": good[:-1] + bytes([good[-1] ^ 1]),
-             "diffusion_course model": model.read_bytes(), "upgrade": re.sub(rb"judge \d", b"judge 9", good)}
+             "model checkpoint.*load_model": model.read_bytes(), "upgrade": re.sub(rb"judge \d", b"judge 9", good)}
     for match, blob in cases.items():
         (tmp_path / "bad.safetensors").write_bytes(blob)
         with pytest.raises(CheckpointError, match=match): load_judge(tmp_path / "bad.safetensors")
-    with pytest.raises(FileNotFoundError, match="fit a judge"): load_judge(tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError, match="There is no file"): load_judge(tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError): load_model(tmp_path / "good.safetensors")
 
 
