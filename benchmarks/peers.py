@@ -1,7 +1,10 @@
-"""Other libraries' networks and samplers, built at the size of ours (1.0 to 1.7 million parameters), for `sampling.py`.
+"""Other libraries' networks and samplers, built at the size of ours (1.0 to 1.7 million parameters).
 
-`make benchmarks` installs them, pinned in peers.txt, into build/peers. They import packages that sampling never touches (torchvision, SDE solvers, FID):
-empty modules of those names stand in for them.
+`make benchmarks` installs them, pinned in peers.txt, into build/peers. They import packages that sampling never touches (torchvision, SDE solvers,
+FID): empty modules of those names stand in for them.
+
+NETWORKS: name -> a network that is called as net(x, t, context), like ours, so that all are timed alike.
+SAMPLERS: name -> draw(predict, schedule, xT, calls) -> images: their sampler around our network, each at its best valid setting.
 """
 import importlib.machinery
 import importlib.metadata
@@ -39,106 +42,66 @@ sys.path.append(str(FOLDER))
 for name in UNUSED: stand_in(name)
 for name in ("k_diffusion", "k_diffusion.models", "denoising_diffusion_pytorch"): package_without_init(name)
 
-from denoising_diffusion_pytorch.denoising_diffusion_pytorch import GaussianDiffusion, Unet as LucidrainsUnet  # noqa: E402
+from denoising_diffusion_pytorch.denoising_diffusion_pytorch import Unet as LucidrainsUnet  # noqa: E402
 from k_diffusion import sampling as k_sampling  # noqa: E402
-from k_diffusion.layers import Denoiser as KDenoiser  # noqa: E402
 from k_diffusion.models.image_v1 import ImageDenoiserModelV1  # noqa: E402
-from smalldiffusion.diffusion import Schedule as SmallSchedule, ScheduleDDPM, samples as small_samples  # noqa: E402
-from smalldiffusion.model import ModelMixin, PredV  # noqa: E402
+from smalldiffusion.diffusion import samples as small_samples  # noqa: E402
+from smalldiffusion.model import ModelMixin  # noqa: E402
 from smalldiffusion.model_unet import Unet as SmallUnet  # noqa: E402
 
-VERSIONS = {"diffusers": diffusers.__version__, "accelerate": accelerate.__version__,
-            **{name: importlib.metadata.version(name) for name in ("denoising-diffusion-pytorch", "k-diffusion", "smalldiffusion")}}
+VERSIONS = {"diffusers": diffusers.__version__, **{name: importlib.metadata.version(name)
+            for name in ("denoising-diffusion-pytorch", "k-diffusion", "smalldiffusion")}}
 
 
-# --- speed: each library's own network under its own sampler; draw(n, calls) -> images ---
+# --- networks ---
 
-def diffusers_dpm():
+class Called(nn.Module):
+    "A peer's network under our signature."
+
+    def __init__(self, net, call):
+        super().__init__()
+        self.net, self.call = net, call
+
+    def forward(self, x, t, context): return self.call(self.net, x, t, context)
+
+
+def diffusers_net():
     net = diffusers.UNet2DModel(16, 3, 3, block_out_channels=(32, 64, 80), layers_per_block=1, norm_num_groups=8, num_class_embeds=5,
-                                down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3).eval()
-    scheduler = diffusers.DPMSolverMultistepScheduler(500)
-    def draw(n, calls):
+                                down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3)
+    return Called(net, lambda net, x, t, context: net(x, t, context.argmax(1)).sample)
+
+
+def lucidrains_net(): return Called(LucidrainsUnet(dim=24, dim_mults=(1, 2, 4), channels=3), lambda net, x, t, context: net(x, t)) # has no context
+
+
+def smalldiffusion_net():
+    net = SmallUnet(16, 3, 3, ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), dropout=0.0)
+    return Called(net, lambda net, x, t, context: net(x, t.float() / 500)) # has no context; one noise level for each image
+
+
+def k_diffusion_net():
+    net = ImageDenoiserModelV1(3, 128, depths=(1, 2, 2), channels=(32, 64, 96), self_attn_depths=(False,) * 3, mapping_cond_dim=5)
+    return Called(net, lambda net, x, t, context: net(x, t.float() / 500, mapping_cond=context))
+
+
+NETWORKS = {"diffusers": diffusers_net, "denoising-diffusion-pytorch": lucidrains_net, "smalldiffusion": smalldiffusion_net, "k-diffusion": k_diffusion_net}
+
+
+# --- samplers ---
+
+def diffusers_sampler(cls, **options):
+    "On the trailing grid, from T to 0; its time 0 is our time 1."
+    def draw(predict, schedule, xT, calls):
+        scheduler = cls(schedule.T, trained_betas=schedule.beta[1:].numpy(), timestep_spacing="trailing", **options)
         scheduler.set_timesteps(calls)
-        x, labels = torch.randn(n, 3, 16, 16), torch.arange(n) % 5
-        for t in scheduler.timesteps: x = scheduler.step(net(like(net, x), t, labels).sample, t, x).prev_sample
+        x = xT
+        for t in scheduler.timesteps: x = scheduler.step(predict(x, int(t) + 1).eps, t, x).prev_sample
         return x
-    return net, draw
-
-
-def lucidrains_ddim():
-    net = LucidrainsUnet(dim=24, dim_mults=(1, 2, 4), channels=3).eval()
-    diffusion = GaussianDiffusion(net, image_size=16, timesteps=500, objective="pred_v", beta_schedule="cosine")
-    def draw(n, calls):
-        diffusion.sampling_timesteps, diffusion.ddim_sampling_eta = calls, 0.0
-        return diffusion.ddim_sample((n, 3, 16, 16))
-    return net, quiet(draw)
-
-
-def smalldiffusion_accelerated():
-    net = SmallUnet(16, 3, 3, ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), dropout=0.0).eval()
-    schedule = ScheduleDDPM(500, 2e-4, 0.04)
-    def draw(n, calls):
-        xt = torch.randn(n, 3, 16, 16) * schedule[-1]
-        *_, x0 = small_samples(net, schedule.sample_sigmas(calls), gam=2, xt=like(net, xt))
-        return x0
-    return net, draw
-
-
-def k_diffusion_dpmpp_2m():
-    inner = ImageDenoiserModelV1(3, 128, depths=(1, 2, 2), channels=(32, 64, 96), self_attn_depths=(False,) * 3, mapping_cond_dim=5).eval()
-    denoiser = KDenoiser(inner, sigma_data=0.5)
-    def draw(n, calls):
-        sigmas = k_sampling.get_sigmas_karras(calls, 0.01, 80)
-        context = torch.eye(5)[torch.arange(n) % 5]
-        return k_sampling.sample_dpmpp_2m(denoiser, like(inner, torch.randn(n, 3, 16, 16) * sigmas[0]), sigmas, extra_args={"mapping_cond": context}, disable=True)
-    return inner, draw
-
-
-SPEED = {"diffusers, DPM-Solver++(2M)": diffusers_dpm, "denoising-diffusion-pytorch, DDIM": lucidrains_ddim,
-         "smalldiffusion, accelerated": smalldiffusion_accelerated, "k-diffusion, DPM-Solver++(2M)": k_diffusion_dpmpp_2m}
-
-
-def like(net, x): # the memory layout of the network
-    return x.contiguous(memory_format=torch.channels_last) if channels_last(net) else x
-
-
-def channels_last(net):
-    weights = [p for p in net.parameters() if p.ndim == 4 and p.shape[2] > 1]
-    return weights[0].is_contiguous(memory_format=torch.channels_last)
-
-
-def quiet(draw): # without the library's own progress bar
-    def run(*args):
-        import denoising_diffusion_pytorch.denoising_diffusion_pytorch as library
-        bar, library.tqdm = library.tqdm, lambda x, **_: x
-        try: return draw(*args)
-        finally: library.tqdm = bar
-    return run
-
-
-# --- quality: our network under their samplers; draw(predict, schedule, xT, calls) -> images ---
-
-def diffusers_ddim(predict, schedule, xT, calls): return _diffusers(diffusers.DDIMScheduler(
-    schedule.T, trained_betas=schedule.beta[1:].numpy(), timestep_spacing="leading", steps_offset=0, clip_sample=False, set_alpha_to_one=True), predict, xT, calls)
-
-
-def diffusers_dpm_solver(predict, schedule, xT, calls): return _diffusers(diffusers.DPMSolverMultistepScheduler(
-    schedule.T, trained_betas=schedule.beta[1:].numpy(), timestep_spacing="trailing", final_sigmas_type="zero"), predict, xT, calls)
-
-
-def diffusers_sde_dpm_solver(predict, schedule, xT, calls): return _diffusers(diffusers.DPMSolverMultistepScheduler(
-    schedule.T, trained_betas=schedule.beta[1:].numpy(), timestep_spacing="trailing", final_sigmas_type="zero", algorithm_type="sde-dpmsolver++"), predict, xT, calls)
-
-
-def _diffusers(scheduler, predict, xT, calls):
-    scheduler.set_timesteps(calls)
-    x = xT
-    for t in scheduler.timesteps: x = scheduler.step(predict(x, int(t) + 1).eps, t, x).prev_sample # its time 0 is our time 1
-    return x
+    return draw
 
 
 def smalldiffusion_samples(predict, schedule, xT, calls):
-    "In smalldiffusion's units x is x_t / sqrt(alpha_bar_t), and the noise level is sigma."
+    "In smalldiffusion's units x is x_t / sqrt(alpha_bar_t), and the noise level is sigma. gam=2, mu=0: its accelerated sampler."
     class Net(ModelMixin, nn.Module):
         input_dims = tuple(xT.shape[1:])
         def predict_eps_cfg(self, x, sigma, cond, scale):
@@ -157,6 +120,11 @@ def k_diffusion_samples(predict, schedule, xT, calls):
     return k_sampling.sample_dpmpp_2m(denoiser, xT / schedule.alpha_bar[-1].sqrt().float(), sigmas, disable=True)
 
 
-QUALITY = {"diffusers, DDIM": diffusers_ddim, "diffusers, DPM-Solver++(2M)": diffusers_dpm_solver,
-           "diffusers, SDE-DPM-Solver++(2M)": diffusers_sde_dpm_solver, "smalldiffusion, accelerated": smalldiffusion_samples,
-           "k-diffusion, DPM-Solver++(2M)": k_diffusion_samples}
+SAMPLERS = {
+    "diffusers, DDIM": diffusers_sampler(diffusers.DDIMScheduler, clip_sample=False, set_alpha_to_one=True),
+    "diffusers, DPM-Solver++(2M)": diffusers_sampler(diffusers.DPMSolverMultistepScheduler, final_sigmas_type="zero"),
+    "diffusers, SDE-DPM-Solver++(2M)": diffusers_sampler(diffusers.DPMSolverMultistepScheduler, final_sigmas_type="zero", algorithm_type="sde-dpmsolver++"),
+    "diffusers, UniPC": diffusers_sampler(diffusers.UniPCMultistepScheduler, final_sigmas_type="zero"),
+    "smalldiffusion, accelerated": smalldiffusion_samples,
+    "k-diffusion, DPM-Solver++(2M)": k_diffusion_samples,
+}

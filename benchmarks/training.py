@@ -1,132 +1,145 @@
-"""How good is a model after so many seconds of training? The labs' recipe beside ours, one after the other on the same threads.
+"""How good is a model after so many seconds of training? The labs' recipe beside ours: `benchmarks/speedrun.md` has the rules.
 
-    OMP_NUM_THREADS=1 python benchmarks/training.py          about an hour; writes results/training.md and results/training.png
+    OMP_NUM_THREADS=1 python benchmarks/training.py          writes results/training.md, .json and .png; three hours of one core
 
-(a) The labs' network and settings (float32, Adam 1e-3 with linear decay, batch 100, noise prediction, linear betas up to 0.02 at T = 500),
-    repaired only where they are wrong: the square root in the noise, and a shortcut that is trained.
-(b) Ours: ContextUnet, v-prediction, cosine schedule, AdamW 3e-3 with warm-up and decay, gradient clipping, averaged weights, batch 64, bfloat16
-    where the hardware has it.
-Both see the same sprites and drop the context of one in ten. Each budget of (b) is a run of its own, because its learning rate ends at zero; (a) is one
-long run, decayed over its whole budget, so its last point is the one to compare with. Samples are drawn outside the clock, by the same sampler in
-the same number of steps, and judged by the same frozen features. The clock counts the processor time of this process, which on one thread is the
-time on an idle machine, whatever else runs beside it.
+The clock: all recipes take turns, a few steps each, on an otherwise idle machine; a recipe's second is its median step. A budget in seconds is then a
+number of steps, so it does not matter what else runs while the models are trained. Every recipe, budget and seed is a whole run of its own, because its
+learning rate ends at zero. Models that are in build/training already are not trained again; the runs can be shared out among processes with
+--recipe and --seeds, and a last call without them judges all.
+
+The judge: the same sampler in the same number of steps from the same noise for everybody, the same real sprites, the same frozen features.
 """
 import argparse
 import json
-import resource
+import statistics
 import time
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
-from diffusion_course.context import drop_context, one_hot, with_dropped_context
-from diffusion_course.metrics import class_accuracy, kid
+from diffusion_course.context import one_hot
+from diffusion_course.fast_sampling import dpmpp_2m
+from diffusion_course.metrics import class_accuracy, features, kid
 from diffusion_course.plots import PALETTE, Plot
-from diffusion_course.sampling import Schedule, clipped, predictor, sample
+from diffusion_course.sampling import clipped, ddpm, predictor, sample
 from diffusion_course.sprites import Sprites
-from diffusion_course.training import noise_prediction_loss, prediction_loss, shuffled_batches, train
-from diffusion_course.unet import ContextUnet
-from labs_unet import LabsUnet
-from machine import machine
+from machine import RESULTS, machine
+from recipes import RECIPES
 
-RESULTS = Path(__file__).parent / "results"
-DROPPED = 0.1
+MODELS = Path(__file__).parents[1] / "build" / "training"
+BUDGETS = {"labs": (1800,), "ours": (60, 120)} # seconds
+SEEDS = {"labs": range(3), "ours": range(5)}
+JUDGES = {"DDPM, 50 steps": (ddpm, 50), "2M with fresh noise, 20 steps": (lambda *a, **k: dpmpp_2m(*a, **k, eta=1.0), 20)}
 
 
-def judge(net, schedule, n, steps=50, part=100):
-    "KID (with its standard error) and class accuracy of n samples."
+def pace(data, rounds=15, warm_up=3):
+    "Median processor seconds of one step of each recipe, in turns."
+    running = {name: recipe.train(data, 10_000, 0) for name, recipe in RECIPES.items()}
+    seconds = {name: [] for name in running}
+    for i in range(rounds + warm_up):
+        for name, loop in running.items():
+            start = time.process_time()
+            next(loop)
+            if i >= warm_up: seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def model_file(name, budget, seed): return MODELS / f"{name}-{budget}-{seed}.safetensors"
+
+
+def trained(name, budget, seed, steps, data):
+    "Train and keep, or nothing where it is there already."
+    path = model_file(name, budget, seed)
+    if path.exists(): return
+    for net in RECIPES[name].train(data(), steps, seed): pass
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {k: v.contiguous() for k, v in net.state_dict().items()}
+    safetensors.torch.save_file(whole, path.with_suffix(".part"), metadata=dict(steps=str(steps)))
+    path.with_suffix(".part").rename(path)
+    print(path.name, "trained for", steps, "steps", flush=True)
+
+
+def judged(name, budget, seed, real, n, part=100):
+    recipe, path = RECIPES[name], model_file(name, budget, seed)
+    net = recipe.network()
+    net.load_state_dict(safetensors.torch.load_file(path))
     net.eval()
     labels = torch.arange(n) % 5
-    def draw(i): return sample(clipped(predictor(net, schedule, one_hot(labels[i])), schedule), schedule, i.tolist(), steps=steps, seed=1)
-    images = torch.cat([draw(i) for i in torch.arange(n).split(part)])
-    real, _ = Sprites.draw(n, seed=1, split="heldout").batch(range(n))
-    mean, error = kid(images, real)
-    return dict(kid=mean, kid_error=error, class_accuracy=class_accuracy(images, labels))
+    quality = {}
+    for judge, (sampler, steps) in JUDGES.items():
+        def draw(i): return sample(clipped(predictor(net, recipe.schedule, one_hot(labels[i])), recipe.schedule), recipe.schedule, i.tolist(),
+                                   sampler=sampler, steps=steps, seed=1)
+        images = torch.cat([draw(i) for i in torch.arange(n).split(part)])
+        quality[judge] = dict(kid=kid(features(images), real), class_accuracy=class_accuracy(images, labels))
+    with safetensors.safe_open(path, "pt") as file: steps = int(file.metadata()["steps"])
+    row = dict(recipe=name, budget=budget, seed=seed, steps=steps, images=steps * recipe.batch, quality=quality)
+    print(row, flush=True)
+    return row
 
 
-def floor(n):
-    one, two = (Sprites.draw(n, seed=seed, split="heldout").batch(range(n))[0] for seed in (1, 2))
-    return kid(one, two)
+def middle_and_worst(rows, judge):
+    "Median and worst of KID and class accuracy over the seeds."
+    kids, right = ([r["quality"][judge][k] for r in rows] for k in ("kid", "class_accuracy"))
+    kids = [k[0] for k in kids]
+    return statistics.median(kids), max(kids), statistics.median(right), min(right)
 
 
-def labs(data, budgets, n):
-    "Rows of (seconds, images trained, quality), one for each budget, from one run over the longest."
-    torch.manual_seed(0)
-    net, schedule = LabsUnet(shortcut="learned"), Schedule.linear(500, 1e-4, 0.02)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-    rows, spent, waiting = [], 0.0, sorted(budgets)
-    for step, batch in enumerate(shuffled_batches(len(data), 100, 10**9), 1):
-        start = time.process_time()
-        net.train()
-        x0, context = data.batch(batch)
-        for group in optimizer.param_groups: group["lr"] = 1e-3 * max(1 - spent / max(budgets), 0)
-        optimizer.zero_grad()
-        noise_prediction_loss(net, x0, drop_context(context, DROPPED), schedule).backward()
-        optimizer.step()
-        spent += time.process_time() - start
-        if spent >= waiting[0]:
-            rows.append(dict(recipe="labs, repaired", seconds=round(spent), images=step * 100, **judge(net, schedule, n)))
-            print(rows[-1], flush=True)
-            waiting.pop(0)
-            if not waiting: return rows
-
-
-def ours(data, budgets, n):
-    "The same for our recipe, one whole run for each budget."
-    schedule, loss = Schedule.cosine(), with_dropped_context(prediction_loss, DROPPED)
-    def run(steps):
-        torch.manual_seed(0)
-        start = time.process_time()
-        for step in train(ContextUnet(predicts="v"), data, schedule, steps=steps, ema=0.99, loss=loss, device="cpu"): pass
-        return step._replace(seconds=time.process_time() - start)
-    pace = run(30)
-    rows = []
-    for budget in sorted(budgets):
-        step = run(int(budget / pace.seconds * pace.step))
-        rows.append(dict(recipe="ours", seconds=round(step.seconds), images=step.step * 64, **judge(step.ema, schedule, n)))
-        print(rows[-1], flush=True)
-    return rows
-
-
-def report(rows, base, args):
+def report(results, args):
+    rows, seconds, (floor, error) = results["rows"], results["pace"], results["floor"]
     lines = ["# Training: quality over seconds", "",
-             f"{machine()}; {torch.get_num_threads()} thread(s). {args.images:,} drawn sprites. "
-             f"KID (lower is better) and class accuracy of {args.samples} samples (DDPM, 50 steps, x0 clipped) against held-out sprites; "
-             f"real against real: {base[0]:.4f} ± {base[1]:.4f}. Repeat with:", "",
-             f"    OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/training.py --images {args.images} --samples {args.samples} "
-             f"--labs {' '.join(map(str, args.labs))} --ours {' '.join(map(str, args.ours))}", "",
-             "| recipe | processor seconds | images trained | images per second | KID | class accuracy |", "|---|---|---|---|---|---|"]
+             f"{results['machine']}; one thread. {args.images:,} drawn sprites. KID (lower is better) and class accuracy of {args.samples} samples, x0 clipped, from "
+             f"the same noise, against {2 * args.samples} held-out sprites; real against real: {floor:.4f} ± {error:.4f}. Repeat with:", "",
+             f"    OMP_NUM_THREADS=1 python benchmarks/training.py --images {args.images} --samples {args.samples}", "",
+             "A step takes (median in turns): " + ", ".join(f"{name} {1000 * s:.0f} ms for {RECIPES[name].batch} images" for name, s in seconds.items()) + "."]
+    groups = dict.fromkeys((r["recipe"], r["budget"]) for r in rows)
+    for judge in JUDGES:
+        lines += ["", f"## Sampled by {judge}", "", "| recipe | seconds | images trained | seeds | KID: median | worst | class accuracy: median | worst |",
+                  "|---|---|---|---|---|---|---|---|"]
+        for name, budget in groups:
+            own = [r for r in rows if (r["recipe"], r["budget"]) == (name, budget)]
+            k, worst_k, c, worst_c = middle_and_worst(own, judge)
+            lines.append(f"| {name} | {own[0]['steps'] * seconds[name]:.0f} | {own[0]['images']:,} | {len(own)} | {k:.3f} | {worst_k:.3f} | {c:.1%} | {worst_c:.1%} |")
+    lines += ["", "## Every run", "", "| recipe | seconds | seed | " + " | ".join(f"{judge}: KID | class accuracy" for judge in JUDGES) + " |", "|---|---|---|" + "---|---|" * len(JUDGES)]
     for r in rows:
-        lines.append(f"| {r['recipe']} | {r['seconds']} | {r['images']:,} | {r['images'] / r['seconds']:.0f} | {r['kid']:.3f} ± {r['kid_error']:.3f} | {r['class_accuracy']:.1%} |")
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return "\n".join([*lines, "", f"Peak memory of the whole benchmark, sampling included: {memory:.2f} GiB."]) + "\n"
+        cells = " | ".join(f"{q['kid'][0]:.3f} ± {q['kid'][1]:.3f} | {q['class_accuracy']:.1%}" for q in r["quality"].values())
+        lines.append(f"| {r['recipe']} | {r['steps'] * seconds[r['recipe']]:.0f} | {r['seed']} | {cells} |")
+    return "\n".join(lines) + "\n"
 
 
-def plot(rows, base):
+def plot(results):
+    "Every run as a point; KID by the second judge."
     fig = Plot(3.6, 2.4, layout="constrained")
     ax = fig.add_subplot(xlabel="processor seconds of training", ylabel="KID", xscale="log", yscale="log")
-    for recipe, colour, marker in (("labs, repaired", PALETTE[1], "s"), ("ours", PALETTE[0], "o")):
-        own = [r for r in rows if r["recipe"] == recipe]
-        ax.errorbar([r["seconds"] for r in own], [r["kid"] for r in own], [r["kid_error"] for r in own], color=colour, marker=marker, capsize=2, label=recipe)
-    if base[0] > 0: ax.axhline(base[0], color="black", linestyle="--", linewidth=1, label="real against real")
-    ax.legend()
+    for name, colour, marker in zip(RECIPES, PALETTE, "sox^"):
+        own = [r for r in results["rows"] if r["recipe"] == name]
+        if own: ax.plot([r["steps"] * results["pace"][name] for r in own], [list(r["quality"].values())[-1]["kid"][0] for r in own], marker,
+                        color=colour, markersize=4, alpha=0.7, label=name)
+    ax.legend(frameon=False)
     return fig
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=20_000, help="sprites in the training set")
-    parser.add_argument("--samples", type=int, default=1000, help="samples judged at each point")
-    parser.add_argument("--labs", type=int, nargs="+", default=[120, 480, 1800], help="seconds at which (a) is judged")
-    parser.add_argument("--ours", type=int, nargs="+", default=[30, 60, 120, 240], help="budgets of (b), in seconds")
+    parser.add_argument("--samples", type=int, default=1000, help="samples judged for each model")
+    parser.add_argument("--recipe", choices=list(RECIPES), help="train this one only, and judge nothing")
+    parser.add_argument("--seeds", type=int, nargs="+", help="train these only, and judge nothing")
     args = parser.parse_args()
-    data, base = Sprites.draw(args.images), floor(args.samples)
-    rows = ours(data, args.ours, args.samples) + labs(data, args.labs, args.samples)
-    RESULTS.mkdir(exist_ok=True)
-    text = report(rows, base, args)
+    def data(): return Sprites.draw(args.images)
+    clock = RESULTS / "pace.json"
+    if not clock.exists(): clock.write_text(json.dumps(dict(machine=machine(), pace=pace(data())), indent=1))
+    seconds = json.loads(clock.read_text())["pace"]
+    wanted = [(name, budget, seed) for name in BUDGETS for budget in BUDGETS[name] for seed in SEEDS[name]
+              if (args.recipe or name) == name and seed in (args.seeds or SEEDS[name])]
+    for name, budget, seed in wanted: trained(name, budget, seed, round(budget / seconds[name]), data)
+    if args.recipe or args.seeds: return
+    real, more = (features(Sprites.draw(2 * args.samples, seed=seed, split="heldout").batch(range(2 * args.samples))[0]) for seed in (1, 2))
+    results = dict(machine=json.loads(clock.read_text())["machine"], pace=seconds, floor=kid(more, real), rows=[judged(*run, real, args.samples) for run in wanted])
+    (RESULTS / "training.json").write_text(json.dumps(results, indent=1))
+    text = report(results, args)
     (RESULTS / "training.md").write_text(text)
-    (RESULTS / "training.json").write_text(json.dumps(dict(rows=rows, floor=base), indent=1))
-    plot(rows, base).savefig(RESULTS / "training.png", dpi=200, bbox_inches="tight")
+    plot(results).savefig(RESULTS / "training.png", dpi=200, bbox_inches="tight")
     print(text)
 
 

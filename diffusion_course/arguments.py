@@ -47,7 +47,7 @@ def device_named(
     "A device, once it is certain that it is there. ValueError if not: better now than after the data are read."
     import torch
 
-    from diffusion_course.training import best_device
+    from diffusion_course.precision import best_device
     if not name: return best_device()
     try:
         device = torch.device(name)
@@ -131,10 +131,12 @@ def prediction(
 ): # predict(xt, t) -> Prediction
     "What a sampler takes: the model under a context, guided and clipped."
     from diffusion_course.context import guided
+    from diffusion_course.precision import fast
     from diffusion_course.sampling import clipped, predictor
-    cond = predictor(model.net, model.schedule, context)
+    net = fast(model.net)
+    cond = predictor(net, model.schedule, context)
     if context is not None and guidance != 1:
-        cond = guided(cond, predictor(model.net, model.schedule), guidance)
+        cond = guided(cond, predictor(net, model.schedule), guidance)
     return clipped(cond, model.schedule)
 
 # %% ../nbs/toolkit/arguments.ipynb #d25dcf86

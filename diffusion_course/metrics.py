@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEATURE_FILE', 'TIE', 'FeatureNet', 'feature_header', 'features', 'class_probabilities', 'class_accuracy', 'Estimate',
-           'kid', 'frechet_distance', 'coverage', 'Nearest', 'nearest', 'Copies', 'copies', 'report']
+           'kid', 'kid_difference', 'frechet_distance', 'coverage', 'Nearest', 'nearest', 'Copies', 'copies', 'report']
 
 # %% ../nbs/toolkit/metrics.ipynb #76bde7d5
 import json, warnings
@@ -199,6 +199,30 @@ def kid(
     # pairs = 2 (1/m + 1/n)^2 E[k~^2],  k~ = k - row mean - column mean + mean
     pairs = 2 * (1 / m + 1 / n) ** 2 * (square - row.square().mean() - column.square().mean() + row.mean() ** 2)
     return Estimate(mean.item(), torch.maximum(images - pairs, pairs).clamp(min=0).sqrt().item())
+
+# %% ../nbs/toolkit/metrics.ipynb #42606634
+def kid_difference(
+    a: Tensor,          # images (m, c, h, w), or their features (m, d)
+    b: Tensor,          # the same number, sample i from the same noise as sample i of `a`
+    reference: Tensor,  # real images (n, c, h, w), or their features (n, d)
+    *,
+    judge: FeatureNet | None = None,    # for images: whose features to compare; None: the shipped one
+) -> Estimate:          # (mean, standard_error); below 0: `a` is better
+    """KID of `a` minus KID of `b`, with the standard error of the difference for pairs that share their noise.
+
+    It is `kid(a, reference).mean - kid(b, reference).mean`; only the error is another one. ValueError where `a` and `b` are
+    not equally many, and for fewer than two images in a set; other errors as for `features`."""
+    (x, y), (z, _) = _checked_features(a, reference, judge), _checked_features(b, reference, judge)
+    if len(x) != len(z): raise ValueError(f"a has {len(x)} images and b has {len(z)}; expected pairs.")
+    if min(len(x), len(y)) < 2: raise ValueError(f"got {len(x)} and {len(y)} images; expected at least 2 in each set.")
+    (row_x, column_x, _), (row_z, column_z, _) = _kernel_means(x, y), _kernel_means(z, y)
+    same_x, same_z = _mean_of_others(x), _mean_of_others(z)
+    mean = (same_x - 2 * row_x).mean() - (same_z - 2 * row_z).mean()
+    # what one pair, and what one real image, adds to the difference: each term of two images counts twice
+    pairs = 2 * (same_x - row_x - same_z + row_z)
+    real = 2 * (column_z - column_x)
+    error = (pairs.var() / len(x) + real.var() / len(y)).sqrt()
+    return Estimate(mean.item(), error.item())
 
 # %% ../nbs/toolkit/metrics.ipynb #b9d43a03
 def frechet_distance(

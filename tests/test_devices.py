@@ -10,7 +10,8 @@ from diffusion_course.context import one_hot
 from diffusion_course.fast_sampling import ddim, dpmpp_2m
 from diffusion_course.sampling import Schedule, clipped, ddpm, initial_noise, per_sample_noise, predictor, sample
 from diffusion_course.sprites import Sprites
-from diffusion_course.training import best_device, fast_dtype, prediction_loss, train
+from diffusion_course.precision import best_device, fast_dtype
+from diffusion_course.training import prediction_loss, train
 from diffusion_course.unet import ContextUnet
 
 DEVICES = [name for name, there in {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.items() if there]

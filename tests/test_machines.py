@@ -19,7 +19,8 @@ from diffusion_course.fast_sampling import ddim, dpmpp_2m, heun
 from diffusion_course.sampling import (Schedule, at, clipped, ddpm, ideal_predictor, initial_noise, per_sample_noise, posterior, predictor,
                                        sample, signal_and_noise)
 from diffusion_course.sprites import Sprites
-from diffusion_course.training import PRECISIONS, add_noise, best_device, check_range, fast_dtype, prediction_loss, train
+from diffusion_course.precision import PRECISIONS, best_device, fast, fast_dtype
+from diffusion_course.training import add_noise, check_range, prediction_loss, train
 from diffusion_course.unet import ContextUnet
 
 S, CPU = Schedule.cosine(20), torch.device("cpu")
@@ -338,6 +339,21 @@ def test_without_onednn(monkeypatch, operators):
     monkeypatch.setattr(torch.ops, "mkldnn", operators)
     assert fast_dtype(CPU) is None
     assert loss_after() == loss_after(autocast=False)
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_fast_network_answers_in_the_dtype_of_the_images(monkeypatch, name):
+    monkeypatch.setenv("DIFFUSION_COURSE_PRECISION", name)
+    torch.manual_seed(0)
+    net, seen = ContextUnet(n_feat=8, predicts="v"), []
+    net.middle1.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    x, t, context = torch.randn(2, 3, 16, 16), torch.tensor([3, 400]), torch.eye(5)[:2]
+    for p in net.out.parameters(): torch.nn.init.normal_(p, std=0.1) # they start at zero, and zero has no digits
+    with torch.no_grad(): quick, exact = fast(net)(x, t, context), net(x, t, context)
+    assert quick.dtype == torch.float32 and seen == [PRECISIONS[name] or torch.float32, torch.float32]
+    assert torch.equal(quick, exact) == (name == "float32")
+    torch.testing.assert_close(quick, exact, atol=0.05, rtol=0.05)
+    assert fast(net).predicts == "v" and fast(torch.nn.Identity()).predicts == "eps"
+    assert not fast(net).eval().net.training and list(fast(net).parameters())[0] is net.time_embedding[0].weight
 
 def test_processes_do_not_share_mps(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
