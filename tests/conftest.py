@@ -59,7 +59,10 @@ def pytest_addoption(parser):
     parser.addoption("--timings", type=int, default=0, metavar="N", help="list the N files, tests and cells of notebooks that take most processor time")
 
 
-NOTED = [seconds()]
+NOTED = [0.0]
+
+def pytest_collection_finish(): NOTED[0] = seconds() # what was imported so far counts for no test
+
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport():
