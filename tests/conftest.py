@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and "_proc" not in p.parts)
 # what takes longest starts first, so that the workers end together: notebooks and files of tests with their processor seconds, as `--timings` lists them
-LONGEST = {"L2_Training": 475, "L3_Context": 260, "L4_FastSampling": 205, "own_data": 200, "test_cli.py": 95, "benchmarks": 60, "L1_Sampling": 60,
+LONGEST = {"L2_Training": 475, "L3_Context": 260, "L4_FastSampling": 205, "own_data": 200, "L1_Sampling": 105, "test_cli.py": 95, "judge": 60, "evaluate_command": 43, "many_machines": 36,
            "test_judge.py": 33, "test_planted_faults.py": 31, "test_distributed.py": 30, "test_fast_sampling.py": 30, "debug": 30, "test_check.py": 30,
            "test_machines.py": 28, "test_site.py": 27, "test_pictures.py": 25, "test_metrics.py": 20, "test_faults.py": 20, "test_resume.py": 20}
 
@@ -29,12 +29,15 @@ def copy(tmp_path_factory):
 # --- how the tests are shared out: whole files, because their tests share what they train, but each notebook by itself ---
 
 def unit(nodeid):
-    file, _, test = nodeid.rpartition("/")[2].partition("::")
-    return nodeid if test.startswith("test_cells[") else file
+    file, _, test = nodeid.partition("::")
+    return nodeid if test.startswith("test_cells[") else file.rpartition("/")[2]
+
+
+def shown(nodeid): return unit(nodeid).rpartition("[")[2].rstrip("]") # the notebook, or the file
 
 
 def pytest_collection_modifyitems(items):
-    def rank(item): return -LONGEST.get(item.nodeid.partition("test_cells[")[2].rstrip("]") or unit(item.nodeid), 0)
+    def rank(item): return -LONGEST.get(shown(item.nodeid), 0)
     items.sort(key=rank)
 
 
@@ -76,7 +79,7 @@ def pytest_terminal_summary(terminalreporter, config):
     for report in (r for reports in terminalreporter.stats.values() for r in reports if hasattr(r, "seconds")):
         cells = dict(report.user_properties).get("cells", []) if report.when == "call" else []
         spent = report.seconds + sum(s for s, _ in cells)
-        tables["files and notebooks"][unit(report.nodeid).partition("test_cells[")[2].rstrip("]") or unit(report.nodeid)] += spent
+        tables["files and notebooks"][shown(report.nodeid)] += spent
         if not cells: tables["tests"][report.nodeid] += spent
         for s, cell in cells: tables["cells of notebooks"][cell] += s
     for name, table in tables.items() if config.option.timings else ():

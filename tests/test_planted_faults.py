@@ -79,8 +79,8 @@ TABLE = {
     ('rows = np.flatnonzero(held == (split == "heldout"))', 'rows = np.flatnonzero(held != (split == "heldout"))', "pictures::test_folder_splits"),
 ],
 "judge": [
-    ('_learn(net, data, parts.fitted,', '_learn(net, data, np.arange(len(data)),', "judge::test_it_is_fitted_on_its_half_only_and_measured_on_the_other"),
     ('.sort(1).values.numpy()', '.numpy()', "judge::test_copies_are_never_on_both_sides"),
+    ('_learn(net, data, parts.fitted,', '_learn(net, data, np.arange(len(data)),', "judge::test_it_is_fitted_on_its_half_only_and_measured_on_the_other"),
     ('net.std.copy_(seen.std(0).clamp(min=1e-3))', 'pass', "judge::test_features_are_standardised_and_separate_the_classes"),
     ('return x.clamp(-1, 1), torch.cat(', 'return x, torch.cat(', "judge::test_every_flaw_changes_the_picture_and_is_told"),
     ('with torch.random.fork_rng(devices=[]):         #', 'if True:         #', "judge::test_a_seed_decides_everything_and_the_random_state_stays"),
@@ -114,10 +114,10 @@ TABLE = {
     ('classes=list(data.class_names), size=size,', 'size=size,', "cli::test_train_on_a_folder_then_sample"),
 ],
 "evaluate_command": [
+    ('if judged is found:', 'if False:', "cli::test_evaluate_with_few_pictures"),
     ('if judge.about.get("fingerprint") == data.fingerprint: return judge', 'return judge', "cli::test_evaluate_says_when_the_pictures_are_others"),
     ('reals.more, reals.labels, reals', 'reals.reference, reals.labels, reals', "cli::test_evaluate_judges_a_model_of_own_pictures"),
     ('chosen.about.get("fingerprint") not in (None, known.fingerprint)', 'False', "cli::test_evaluate_says_when_the_pictures_are_others"),
-    ('if judged is found:', 'if False:', "cli::test_evaluate_with_few_pictures"),
     ('training.mirrored() if chosen.about.get("mirror") else training', 'training', "cli::test_evaluate_judges_a_model_of_own_pictures"),
     ('save_judge(path, judge, fingerprint=data.fingerprint)', 'pass', "cli::test_evaluate_judges_a_model_of_own_pictures"),
 ],
