@@ -21,7 +21,7 @@ lessons := $(sort $(wildcard nbs/L*.ipynb))
 # an environment that broke since it was made (its Python was upgraded, say) is not ready
 whole   := $(shell sh tools/environment.sh check "$(VENV)" && echo yes)
 
-.PHONY: broken help setup run test fuzz lab lessons pretrained readme benchmarks dist clean
+.PHONY: broken help setup run test notebooks faults fuzz lab lessons pretrained readme benchmarks dist clean
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -31,15 +31,23 @@ $(ready): requirements.txt settings.ini setup.py $(if $(whole),,broken)
 
 run: $(ready) ## run every lesson; notebooks, an animation and a contact sheet land in out/
 	@mkdir -p out
-	@$(py) tools/run_lessons.py --progress --out out $(lessons)
+	@$(py) tools/run_lessons.py --progress --workers $(WORKERS) --out out $(lessons)
 	@$(py) tools/showcase.py out
 
-test: $(ready) ## run every cell of every notebook, then the test suite (PRECISION=float32 or bfloat16: in that one)
+# notebooks and tests share the workers: tests/conftest.py says how, tests/test_cells.py runs the notebooks
+pytest := PATH="$(bin):$$PATH" OMP_NUM_THREADS=1 $(py) -m pytest -q --timeout 1800
+
+test: $(ready) ## run every cell of every notebook and the test suite (PRECISION=float32 or bfloat16: in that one)
+	$(pytest) -n $(WORKERS) --dist loadfile --timings 15 tests
+
+notebooks: $(ready) ## run the notebooks alone, by nbdev_test
 	PATH="$(bin):$$PATH" OMP_NUM_THREADS=1 "$(bin)/nbdev_test" --n_workers $(WORKERS) --timing
-	PATH="$(bin):$$PATH" OMP_NUM_THREADS=1 $(py) -m pytest -q -n $(WORKERS) --dist loadfile --timeout 900 tests
+
+faults: $(ready) ## plant every known mistake into the modules: each must make a test fail (`make test` plants one in each)
+	EVERY_FAULT=1 $(pytest) -n $(WORKERS) tests/test_planted_faults.py tests/test_faults.py
 
 fuzz: $(ready) ## try fifty times as many hostile inputs as `make test` does (about an hour)
-	FUZZ=50 OMP_NUM_THREADS=1 $(py) -m pytest -q tests/test_fuzz.py
+	FUZZ=50 $(pytest) --timeout 36000 tests/test_fuzz.py tests/test_resume.py::test_killed_at_random_moments
 
 lab: $(ready) ## open the lessons in Jupyter
 	@cd nbs && MPLBACKEND= "$(bin)/jupyter" lab

@@ -137,6 +137,7 @@ BROKEN = dict(
     object_labels=(GOOD_IMAGES, np.array([[1, None]], dtype=object), TypeError, 'pickled Python objects'),
     text_labels=(GOOD_IMAGES, np.array(['hero']*4), TypeError, 'expected numbers'),
     class_numbers=(GOOD_IMAGES, np.arange(4) + 2, ValueError, 'from 2 to 5, expected 0 to 4'),
+    numbers_below_0=(GOOD_IMAGES, np.arange(4) - 1, ValueError, 'from -1 to 2, expected 0 to 4'),
     real_numbers=(GOOD_IMAGES, np.arange(4.), TypeError, 'float64, expected numbers'),
     six_classes=(GOOD_IMAGES, np.eye(6)[:4], ValueError, r'\(4, 6\).*expected one-hot rows \(n, 5\)'),
     too_few_labels=(GOOD_IMAGES, GOOD_LABELS[:3], ValueError, 'holds 3 labels, expected 4'),

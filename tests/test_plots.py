@@ -1,5 +1,5 @@
 "Guards for diffusion_course.plots: the display mapping, the sizes and colours of animations, whole files, figures shown once."
-import ast, inspect, io, math, os, subprocess, sys, warnings
+import ast, inspect, io, math, sys, warnings
 from pathlib import Path
 from types import SimpleNamespace
 import nbformat
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from nbclient import NotebookClient
 from PIL import Image
 from diffusion_course import plots
 from diffusion_course.plots import (PALETTE, animate, denoising_strip, image_grid, loss_curve, quality_curve, save_images,
@@ -234,16 +235,13 @@ def test_plots_stands_alone():
     assert ours == {'disk'}, 'how files are written, and nothing of networks and samplers'
 
 @pytest.mark.parametrize('first', ['pass', 'import matplotlib.pyplot as plt', '%matplotlib inline'])
-def test_a_jupyter_kernel_shows_a_figure_once(tmp_path, first):
+def test_a_jupyter_kernel_shows_a_figure_once(tmp_path, monkeypatch, first):
     "execnb, the other runner, is tested in test_run_lessons.py"
     cells = [first, 'import torch\nfrom diffusion_course.plots import *\nx = torch.zeros(2, 3, 16, 16)',
              'show_images(x)', 'loss_curve([1., 2.])', 'show_images(x);', 'fig = show_images(x)', 'fig', 'animate([x, x - 1], alt="grey")',
              'for _ in range(25): show_images(x)']
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
-    nbformat.write(nb, tmp_path/'shown.ipynb')
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-    subprocess.run([sys.executable, '-m', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', 'shown.ipynb'],
-                   cwd=tmp_path, env=env, check=True, capture_output=True)
-    outs = [c.outputs for c in nbformat.read(tmp_path/'shown.ipynb', 4).cells]
+    monkeypatch.setenv('PYTHONPATH', str(ROOT)); monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    outs = [c.outputs for c in NotebookClient(nb, resources={'metadata': {'path': tmp_path}}).execute().cells]
     assert [len(o) for o in outs[2:]] == [1, 1, 0, 0, 1, 1, 0]
     assert all('image/png' in outs[i][0].data for i in (2, 3, 6)) and 'text/html' in outs[7][0].data

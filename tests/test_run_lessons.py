@@ -87,7 +87,7 @@ def test_a_failing_cell_is_named_and_the_others_still_run(tmp_path):
     bad = write(tmp_path/'bad.ipynb', 'x = 1', *['x += 1; 1/(3 - x)']*2)       # the same cell twice: the second fails
     good = write(tmp_path/'good.ipynb', 'print("x" in globals())')
     before = bad.read_bytes()
-    result = execute(bad, good)
+    result = execute(bad, good, '--workers', 2)                                  # side by side
     assert result.returncode == 1
     assert 'bad.ipynb, cell 4 (code cell 3/3): ZeroDivisionError: division by zero' in result.stderr and '1/(3 - x)' in result.stderr
     assert bad.read_bytes() == before

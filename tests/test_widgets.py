@@ -48,6 +48,8 @@ def test_explorer_sides():
     assert panel.picture.value == _png(torch.cat([a, torch.ones_like(a[:1]), b]), 5) and "eta 1.0" in panel.message.value
     panel.controls["sampler B"].value = "Heun"
     assert panel.controls["eta B"].disabled and not panel.controls["eta A"].disabled
+    assert "A: DDIM, 5 steps, eta 0.0, guidance 1.0, 5 network calls" in panel.message.value
+    assert "B: Heun, 10 steps, guidance 1.0, 19 network calls" in panel.message.value # a second look in each step but the last
 
 def test_slider_shows_every_step():
     steps = list(ddim(predictor(NET, S), initial_noise(3), S, [60, 20, 0]))

@@ -1,4 +1,5 @@
 """Execute notebooks top to bottom with nbdev's own runner, each in a fresh process and in its own folder, and store tidy outputs.
+Several at a time share the processor's cores: two single-threaded notebooks use two cores better than two threads of one do.
 A notebook that fails, or that shows where this repository lies on this machine, is named and left as it was; the exit code is then 1."""
 import argparse, base64, io, json, multiprocessing, os, re, sys, time
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # before torch is imported: waiting threads give their core to other programs
@@ -10,6 +11,7 @@ from nbdev.config import get_config
 from PIL import Image
 ROOT, WIDGET = Path(__file__).resolve().parents[1], 'application/vnd.jupyter.widget-view+json'
 sys.path.insert(0, str(ROOT))
+def cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 def skip(source, flags): return 'nbdev_export(' in source or re.search(rf'^#\| *(eval: *false|{flags})\b', source, re.M)
 def as_terminal(text):
     "What a terminal shows in the end: a progress bar that rewrote its line leaves the last state only"
@@ -63,8 +65,10 @@ def run(path, out, place, progress):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__); p.add_argument('notebooks', nargs='+')
     p.add_argument('--out', help='folder for the executed copies; without it the notebooks themselves are updated')
-    p.add_argument('--progress', action='store_true', help='say on stderr which cell is running'); a = p.parse_args()
-    n, fresh = len(a.notebooks), dict(max_workers=1, max_tasks_per_child=1, mp_context=multiprocessing.get_context('spawn'))
+    p.add_argument('--progress', action='store_true', help='say on stderr which cell is running')
+    p.add_argument('--workers', type=int, default=1, help='how many notebooks at a time'); a = p.parse_args()
+    if a.workers > 1: os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores() // a.workers))) # torch reads it when a notebook imports it
+    n, fresh = len(a.notebooks), dict(max_workers=a.workers, max_tasks_per_child=1, mp_context=multiprocessing.get_context('spawn'))
     with ProcessPoolExecutor(**fresh) as pool: # one notebook per process: no seed, import or setting leaks into the next
         errors = list(filter(None, pool.map(run, a.notebooks, [a.out]*n, [f'{i+1}/{n}' for i in range(n)], [a.progress]*n)))
     if errors: sys.exit('\n'.join(errors))
