@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from fastcore.script import store_true
@@ -63,8 +64,6 @@ class _Sampler:
 
     def draw(self, net, step):
         "Write `samples-00000200.png` into the folder."
-        from functools import partial
-
         from diffusion_course.disk import is_ours
         from diffusion_course.fast_sampling import dpmpp_2m
         from diffusion_course.plots import save_images
@@ -196,8 +195,9 @@ def train(
     from diffusion_course.checkpoints import remove_training, save_model, save_training
     from diffusion_course.context import with_dropped_context
     from diffusion_course.disk import free_to_write
+    from diffusion_course.muon import muon
     from diffusion_course.sampling import Schedule
-    from diffusion_course.training import prediction_loss, progress, train as loop
+    from diffusion_course.training import middle_times, prediction_loss, progress, train as loop
     from diffusion_course.unet import ContextUnet
     check_number("batch_size", batch_size, 1, 2**13)
     check_number("every", every, 1)
@@ -219,8 +219,8 @@ def train(
         torch.manual_seed(seed)
         net = ContextUnet(channels, n_feat, len(data.class_names), predicts, depth_for(size))
         schedule = Schedule.cosine().shifted(size / 16) if size != 16 else Schedule.cosine()
-        options = dict(steps=steps, batch_size=batch_size, lr=lr, ema=0.99, seed=seed, device=device,
-                       loss=with_dropped_context(prediction_loss, drop))
+        options = dict(steps=steps, batch_size=batch_size, lr=lr, ema=0.99, seed=seed, device=device, optimizer=muon,
+                       loss=with_dropped_context(partial(prediction_loss, times=middle_times), drop))
         _say_plan(net, data, schedule, options, state, folder)
         steps_of = loop(net, data, schedule, **options, resume=state)
         sampler = _Sampler(folder, schedule, len(data.class_names), (channels, size, size))
