@@ -6,83 +6,91 @@
 __all__ = ['Crew']
 
 # %% ../nbs/guides/many_machines.ipynb #a385547e
-import json
 import os
 import sys
-import zlib
-from collections.abc import Callable, Iterator
+import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from fastcore.basics import patch
 from torch import nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
-
-# %% ../nbs/guides/many_machines.ipynb #8b7f1996
-class Crew:
-    """The processes that train one network together, as `torchrun` or `accelerate launch` started them; without a launcher a crew of one, which
-    does nothing. Raises ValueError when a process was given other settings than the rest, or a batch that cannot be shared equally."""
-    def __init__(self,
-        net: nn.Module, # takes the weights that the first process has
-        settings: dict, # of the training, plain values: they must be the same in all processes
-    ):
-        self.size = int(os.environ.get("WORLD_SIZE", 1)) # launchers tell a process in its environment how many there are
-        self.rank = int(os.environ.get("RANK", 0)) if self.size > 1 else 0 # and which it is: the first is number 0
-        if self.size == 1: return
-        if not dist.is_initialized(): dist.init_process_group() # and where the others are
-        if settings["batch_size"] % self.size: raise ValueError(f"batch_size={settings['batch_size']}: {self.size} processes cannot share it equally")
-        mark = torch.tensor([zlib.crc32(json.dumps(settings).encode())])
-        if len(set(map(int, self._from_all(mark)))) > 1: raise ValueError(f"process {self.rank} of {self.size} was not given the same settings as the rest; its own: {settings}")
-        for values in net.state_dict().values(): dist.broadcast(values, 0)
-
-    def _from_all(self, values): # what each process has
-        parts = [torch.empty_like(values) for _ in range(self.size)]
-        dist.all_gather(parts, values)
-        return parts
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.overrides import TorchFunctionMode
 
 # %% ../nbs/guides/many_machines.ipynb #30cd0dd3
-@patch
-def share(
-    self: Crew,
-    net: nn.Module,
-) -> Callable: # what the loss calls in place of `net`
-    "The network, shared out: this process answers its own rows of the batch, with a gradient, and receives the answers to the others."
-    if self.size == 1: return net
-    def shared(*inputs):
-        answer = net(*(x.tensor_split(self.size)[self.rank] for x in inputs))
-        answers = self._from_all(answer.detach().contiguous())
-        answers[self.rank] = answer
-        return torch.cat(answers)
-    shared.predicts = getattr(net, "predicts", "eps")
-    return shared
+# as a TorchFunctionMode, it sees each call of a function of PyTorch inside `with self`
+class _OwnRows(nn.Module, TorchFunctionMode):
+    def __init__(self, net, loss, crew):
+        super().__init__()
+        self.net, self.loss, self.crew = net, loss, crew
+        self.unused = nn.Parameter(torch.zeros(())) # without any, PyTorch would warn
 
-# %% ../nbs/guides/many_machines.ipynb #36f78750
-@patch
-def sum_gradients(self: Crew, net: nn.Module):
-    "Give each process the gradient of the whole batch: the sum of what all have for their rows."
-    if self.size == 1: return
-    gradients = [p.grad for p in net.parameters() if p.grad is not None]
-    total = parameters_to_vector(gradients)
-    dist.all_reduce(total)
-    vector_to_parameters(total, gradients)
+    def forward(self, *batch, **options):
+        with self: return self.loss(self.net, *batch, **options)
 
-# %% ../nbs/guides/many_machines.ipynb #1b9d7845
-@patch
-def report(
-    self: Crew,
-    step, # anything
-) -> Iterator: # of `step` in the first process, of nothing in the others
-    "Hand the step to the consumer of the first process, while the others wait for it. When that one leaves its loop, so do all."
-    goes_on = torch.tensor(False)
-    try:
-        if self.rank == 0: yield step
-        goes_on.fill_(True)
-    finally:
-        if self.size > 1: dist.broadcast(goes_on, 0)
-        if not goes_on: self.leave()
+    def __torch_function__(self, draw, types, args=(), kwargs=None):
+        crew, kwargs = self.crew, kwargs or {}
+        if kwargs.get("generator") is None: return draw(*args, **kwargs)
+        if draw in (torch.rand, torch.randn, torch.randint):
+            given = (*args, kwargs["size"]) if "size" in kwargs else args
+            *limits, shape = given if isinstance(given[-1], (tuple, list)) else [given]
+            whole = {**kwargs, "size": (crew.rows * crew.size, *shape[1:])}
+            if tuple(shape[:1]) == (crew.rows,): return draw(*limits, **whole)[crew.own]
+        # anything else: other numbers in each process
+        return [draw(*args, **kwargs) for _ in range(crew.rank + 1)][-1]
 
-@patch
-def leave(self: Crew):
-    "The work is done. The helpers end here, as processes; the first one goes on alone."
-    if self.rank: sys.exit()
-    if self.size > 1: dist.destroy_process_group(); os.environ["WORLD_SIZE"] = "1"
+# %% ../nbs/guides/many_machines.ipynb #786cbccc
+class _Ending: # of a crew, however its loop ended
+    def __enter__(self): return self
+
+    def __exit__(self, kind, error, trace):
+        if self.size == 1: return
+        if kind is GeneratorExit: self.go_on(False) # the consumer has left its loop
+        # the engine goes first, because it holds the connections; whoever waits sees them close
+        self.loss = None; dist.destroy_process_group(); os.environ["WORLD_SIZE"] = "1"
+        if "gloo" in str(error) or "NCCL" in str(error):
+            raise ConnectionError(f"process {self.lost()} of {self.size} is lost") from error
+        # a loss that is not finite is seen by all, and told by the first
+        if self.rank and isinstance(error, FloatingPointError | None): sys.exit()
+
+    def lost(self):
+        try:
+            self.table.set(f"here{self.rank}", "")
+            time.sleep(20 if self.rank else 25) # the first keeps the table for the others
+            return ", ".join(str(k) for k in range(self.size) if not self.table.check([f"here{k}"]))
+        except RuntimeError: return "0" # it took the table with it
+
+# %% ../nbs/guides/many_machines.ipynb #8b7f1996
+class Crew(_Ending):
+    """The processes that train one network; `torchrun` or `accelerate launch` began them.
+    One alone changes nothing. Raises ValueError for settings that differ or for a batch
+    that cannot be shared equally, and ConnectionError when one of them is lost."""
+    def __init__(self,
+        net: nn.Module, # takes the weights that the first process has
+        loss, # (net, x0, context, schedule, generator=…) -> scalar, a mean over rows
+        settings: dict, # of the training, plain values: the same in all processes
+    ):
+        self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), 0
+        self.own, self.loss = slice(None), partial(loss, net) # own: its rows of a batch
+        if self.size == 1: return
+        self.table, self.rank, _ = next(dist.rendezvous("env://")) # the first has rank 0
+        if not dist.is_initialized(): dist.init_process_group()
+        dist.all_gather_object(given := [None] * self.size, settings)
+        differ = [k for k, v in settings.items() if any(o.get(k) != v for o in given)]
+        if differ: raise ValueError(f"the processes differ in {', '.join(differ)}")
+        self.rows, rest = divmod(batch_size := settings["batch_size"], self.size)
+        if rest: raise ValueError(f"{batch_size=}: {self.size} processes cannot share it")
+        self.own = slice(self.rank * self.rows, (self.rank + 1) * self.rows)
+        self.loss = DDP(_OwnRows(net, loss, self), find_unused_parameters=True)
+        torch.manual_seed(torch.initial_seed() + self.rank) # draws without a generator
+
+    def mean(self, values: torch.Tensor): # -> the same shape
+        "The mean over the processes, in each of them."
+        if self.size > 1: dist.all_reduce(values); values /= self.size
+        return values
+
+    def go_on(self, wanted: bool = True): # what the first process says
+        "Wait for the first process; where it says no, the others end here."
+        told = torch.tensor(wanted)
+        if self.size > 1: dist.broadcast(told, 0)
+        if self.rank and not told: sys.exit()

@@ -217,7 +217,7 @@ def train(
     batch_size: int = 64,
     lr: float = 3e-3, # largest learning rate
     optimizer: Callable = adamw, # optimizer(net, lr) -> the optimisers that share its weights
-    loss: Callable = prediction_loss, # loss(net, x0, context, schedule, generator=…) -> scalar
+    loss: Callable = prediction_loss, # loss(net, x0, context, schedule, generator=…) -> scalar, a mean over the images
     ema: float = 0.995, # decay of the average of the weights
     clip: float = 1.0, # largest norm of the gradient
     seed: int = 0, # decides the order of the data, the times and the noise
@@ -227,8 +227,9 @@ def train(
 ) -> Iterator[TrainStep]:
     """Train `net` and yield after each optimiser step; bars, plots, checkpoints and early stopping are the consumer's. A resumed run continues
     to the bit on the same machine: data order and noise are functions of (seed, step). Several processes share the work (`crew`). Raises
-    TrainingDiverged when a loss or gradient is not finite, before it reaches the weights, and ValueError for settings that make no sense,
-    for data of another kind, and for a `resume` of another run: other settings, network, data, schedule or loss."""
+    TrainingDiverged when a loss or gradient is not finite, before it reaches the weights, ValueError for settings that make no sense,
+    for data of another kind, and for a `resume` of another run: other settings, network, data, schedule or loss, and ConnectionError
+    when one of several processes is lost."""
     settings = _checked(dict(step=0, steps=steps, batch_size=batch_size, lr=lr, ema=ema, clip=clip, seed=seed, T=schedule.T, images=len(data)))
     settings |= identity(net, data, schedule, loss) | dict(optimizer=described(optimizer))
     device = torch.device(device) if device else best_device()
@@ -238,28 +239,28 @@ def train(
     optimizers = optimizer(net, lr)
     first = _unpack(resume, settings, net, average, optimizers) if resume else 0
     largest = [(group, group["lr"]) for part in optimizers for group in part.param_groups]
-    crew = Crew(net, {**settings, "step": first}) # this process alone, unless a launcher started several
-    batches = DataLoader(data, batch_sampler=shuffled_batches(len(data), batch_size, steps, seed=seed, start=first), generator=_seeded(seed))
-    start = time.perf_counter()
-    for step, batch in enumerate(batches, first + 1):
-        x0, context = _images_and_context(batch)
-        if step == first + 1: check_range(x0)
-        factor = warmup_then_decay(step - 1, steps)
-        for group, top in largest: group["lr"] = top * factor
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            value = loss(crew.share(net), send(x0, device), context if context is None else send(context, device), schedule, generator=_seeded(seed, 1, step))
-        net.zero_grad()
-        value.backward()
-        crew.sum_gradients(net)
-        norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
-        value, norm = torch.stack([value.detach().to(norm), norm]).cpu().tolist() # the only time that a step waits for the device
-        _check_finite(step, value, norm, lr)
-        for part in optimizers: part.step()
-        average.update_parameters(net)
-        seconds = time.perf_counter() - start
-        yield from crew.report(TrainStep(step, value, lr * factor, seconds, (step - first) * batch_size / seconds, net, average.module,
-                                         partial(_pack, net, average, optimizers, {**settings, "step": step})))
-    crew.leave()
+    with Crew(net, loss, {**settings, "step": first}) as crew: # this process alone, unless a launcher started several
+        rows = (batch[crew.own] for batch in shuffled_batches(len(data), batch_size, steps, seed=seed, start=first))
+        start = time.perf_counter()
+        for step, batch in enumerate(DataLoader(data, batch_sampler=rows, generator=_seeded(seed)), first + 1):
+            x0, context = _images_and_context(batch)
+            if step == first + 1: check_range(x0)
+            factor = warmup_then_decay(step - 1, steps)
+            for group, top in largest: group["lr"] = top * factor
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                value = crew.loss(send(x0, device), context if context is None else send(context, device), schedule, generator=_seeded(seed, 1, step))
+            net.zero_grad()
+            value.backward()
+            norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
+            value, norm = crew.mean(torch.stack([value.detach().to(norm), norm])).cpu().tolist() # the only time that a step waits for the device
+            _check_finite(step, value, norm, lr)
+            for part in optimizers: part.step()
+            average.update_parameters(net)
+            seconds = time.perf_counter() - start
+            if crew.rank == 0:
+                yield TrainStep(step, value, lr * factor, seconds, (step - first) * batch_size / seconds, net, average.module,
+                                partial(_pack, net, average, optimizers, {**settings, "step": step}))
+            crew.go_on()
 
 # %% ../nbs/L2_Training.ipynb #231b17c5
 def progress(
