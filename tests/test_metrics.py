@@ -131,6 +131,26 @@ def test_the_standard_error_is_the_spread_over_new_draws(shift, m, n):
     assert (abs(kids - kids.mean()) > 3 * errors).mean() <= 0.03
 
 
+@pytest.mark.parametrize("m, n", [(80, 80), (60, 240), (240, 60)])
+def test_error_of_a_difference(m, n):
+    "Two samplers from the same noise: the error is the spread of the difference over new draws, and far below that of strangers."
+    g = torch.Generator().manual_seed(0)
+    found, strangers = [], []
+    for _ in range(300):
+        noise, real = torch.randn(m, 8, generator=g).double(), torch.randn(n, 8, generator=g).double()
+        a, b = noise + 0.8, 1.1 * noise + 0.7
+        found.append(metrics.kid_difference(a, b, real))
+        strangers.append((metrics.kid(a, real).standard_error ** 2 + metrics.kid(b, real).standard_error ** 2) ** 0.5)
+    assert found[-1].mean == pytest.approx(metrics.kid(a, real).mean - metrics.kid(b, real).mean)
+    spread, error = np.std([f.mean for f in found]), np.mean([f.standard_error for f in found])
+    assert 0.85 < error / spread < 1.15 and error < 0.7 * np.mean(strangers)
+
+def test_a_difference_needs_pairs():
+    x = torch.randn(10, 8)
+    assert metrics.kid_difference(x, x, torch.randn(9, 8)) == (0, 0)
+    with pytest.raises(ValueError, match="a has 10 images and b has 7; expected pairs"): metrics.kid_difference(x, x[:7], x)
+    with pytest.raises(ValueError, match="at least 2"): metrics.kid_difference(x[:1], x[:1], x)
+
 def test_frechet_has_all_its_terms():
     "Scaling each axis moves only the covariance, shifting moves only the mean; both have a closed form."
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(500, 6)))

@@ -87,7 +87,27 @@ TABLE = {
     ('if len(data) < LEAST:', 'if len(data) <= LEAST:', "judge::test_too_few_pictures_and_the_advice"),
     ('loss = F.cross_entropy(net.head(seen), answer, label_smoothing=0.05) +', 'loss =', "judge::test_it_names_what_it_has_not_seen"),
 ],
+"muon": [
+    ('max(1, rows / columns)', 'max(1, columns / rows)', "muon::test_step_by_hand"),
+    ('average.lerp_(p.grad, 1 - group["momentum"])', 'average.lerp_(p.grad, group["momentum"])', "muon::test_step_by_hand"),
+    ('ahead = p.grad.lerp(average, group["momentum"]).flatten(1)', 'ahead = average.flatten(1)', "muon::test_step_by_hand"),
+    ('product, gram = p @ product, p @ gram @ p', 'product, gram = p @ product, p @ gram', "muon::test_every_singular_value_goes_through_the_polynomial"),
+    ('if p.ndim < 2 or name.startswith(others)', 'if p.ndim < 2', "muon::test_every_weight_has_one_optimiser"),
+],
+"precision": [
+    ('return answer.to(x.dtype)', 'return answer', "machines::test_a_fast_network_answers_in_the_dtype_of_the_images"),
+    ('enabled=dtype is not None', 'enabled=False', "machines::test_a_fast_network_answers_in_the_dtype_of_the_images"),
+    ('if forced in PRECISIONS: return', 'if forced in ("float32",): return', "machines::test_precision_can_be_set"),
+    ('except (AttributeError, RuntimeError): return False', 'except KeyError: return False', "machines::test_without_onednn"),
+],
+"training": [
+    ('largest = [(group, group["lr"]) for part in optimizers for group in part.param_groups]', 'largest = [(group, group["lr"]) for part in optimizers[:1] for group in part.param_groups]', "muon::test_the_rate_of_every_optimiser_falls"),
+    ('        first += n', '        first += 0', "resume::test_resumed_run_is_the_whole_run"),
+    ('dict(optimizer=described(optimizer))', 'dict(optimizer="")', "resume::test_another_run_is_refused_by_name"),
+    ('share = torch.randn(n, generator=generator).sigmoid()', 'share = torch.rand(n, generator=generator).sigmoid()', "muon::test_middle_times_are_logit_normal"),
+],
 "metrics": [
+    ('pairs = 2 * (same_x - row_x - same_z + row_z)', 'pairs = same_x - row_x - same_z + row_z', "metrics::test_error_of_a_difference"),
     ('images = 4 * (witness_x.var() / m + witness_y.var() / n)\n', 'images = 2 * (witness_x.var() / m + witness_y.var() / n)\n', "metrics::test_the_standard_error_is_the_spread_over_new_draws"),
     ('/ x.shape[1] + 1) ** 3', '/ x.shape[1] + 1) ** 2', "metrics::test_kid_is_equation_4_and_no_wrong_version"),
     ('(n * _kernel_means(x, x)[0] - itself) / (n - 1)', '_kernel_means(x, x)[0]', "metrics::test_kid_is_unbiased"),

@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from test_checkpoints import in_child, outcome, posix
 
 from diffusion_course.checkpoints import latest_step, resume_training, save_training
 from diffusion_course.context import with_dropped_context
+from diffusion_course.muon import muon
 from diffusion_course.sampling import Schedule
-from diffusion_course.training import TrainingDiverged, TrainingState, prediction_loss, progress, shuffled_batches, train
+from diffusion_course.training import TrainingDiverged, TrainingState, middle_times, prediction_loss, progress, shuffled_batches, train
 from diffusion_course.unet import ContextUnet
 
 STEPS, EVERY, S = 50, 2, Schedule.cosine(50)
@@ -165,7 +167,7 @@ def test_batches_larger_and_smaller_than_the_data(tmp_path, n, batch_size):
     same_bits(resume_training(tmp_path), uninterrupted(**options))
 
 
-@pytest.mark.parametrize("options", [dict(autocast=torch.bfloat16), dict(ema=0.9, clip=0.1), dict(loss=prediction_loss)], ids=["bfloat16", "other settings", "other loss"])
+@pytest.mark.parametrize("options", [dict(autocast=torch.bfloat16), dict(ema=0.9, clip=0.1), dict(loss=prediction_loss), dict(optimizer=muon)], ids=["bfloat16", "other settings", "other loss", "two optimisers"])
 def test_resumed_run_is_the_whole_run(tmp_path, options):
     options = dict(steps=6, **options)
     for step in run(**options):
@@ -176,13 +178,15 @@ def test_resumed_run_is_the_whole_run(tmp_path, options):
     assert all(value.dtype != torch.bfloat16 for value in whole.tensors.values())      # autocast computes in it, the weights stay
 
 
-@pytest.mark.parametrize("part", ["net.", "ema.module.", "ema.n_averaged", "optimizer.0.exp_avg", "optimizer.0.step"])
-def test_every_part_of_the_state_counts(part):
+@pytest.mark.parametrize("part, options", [("net.", {}), ("ema.module.", {}), ("ema.n_averaged", {}), ("optimizer.0.exp_avg", {}), ("optimizer.0.step", {}),
+                                           ("optimizer.0.momentum", dict(optimizer=muon)), ("optimizer.40.exp_avg", dict(optimizer=muon))])
+def test_every_part_of_the_state_counts(part, options):
     "A resumed run that forgot one part would be noticed."
-    tensors, settings = next(run(steps=3)).state()
+    tensors, settings = next(run(steps=3, **options)).state()
+    assert any(name.startswith(part) for name in tensors)
     changed = {name: value + 1 if name.startswith(part) else value for name, value in tensors.items()}
-    for step in run(steps=3, resume=TrainingState(changed, settings)): pass
-    with pytest.raises(AssertionError): same_bits(step.state(), uninterrupted(steps=3))
+    for step in run(steps=3, resume=TrainingState(changed, settings), **options): pass
+    with pytest.raises(AssertionError): same_bits(step.state(), uninterrupted(steps=3, **options))
 
 
 def test_autocast_is_used():
@@ -225,6 +229,8 @@ OTHER_RUNS = {
     "schedule that differs in the middle": (other_schedule(Schedule(BENT)), "schedule"),
     "share of dropped contexts": (lambda state: next(run(loss=with_dropped_context(prediction_loss, 0.3), resume=state)), "loss"),
     "other loss": (lambda state: next(run(loss=prediction_loss, resume=state)), "loss"),
+    "other times": (lambda state: next(run(loss=with_dropped_context(partial(prediction_loss, times=middle_times)), resume=state)), "loss"),
+    "other optimiser": (lambda state: next(run(optimizer=muon, resume=state)), "optimizer"),
     "other images, equally many": (lambda state: next(run(data=Shifted(), resume=state)), "data"),
     "larger images, equally many": (lambda state: next(run(data=Grown(), resume=state)), "image_shape"),
 }
