@@ -88,7 +88,7 @@ TABLE = {
     ('loss = F.cross_entropy(net.head(seen), answer, label_smoothing=0.05) +', 'loss =', "judge::test_it_names_what_it_has_not_seen"),
 ],
 "muon": [
-    ('max(1, rows / columns)', 'max(1, columns / rows)', "muon::test_step_by_hand"),
+    ('alpha=group["lr"] * max(1, rows / columns)', 'alpha=group["lr"] * max(1, columns / rows)', "muon::test_step_by_hand"),
     ('average.lerp_(p.grad, 1 - group["momentum"])', 'average.lerp_(p.grad, group["momentum"])', "muon::test_step_by_hand"),
     ('ahead = p.grad.lerp(average, group["momentum"]).flatten(1)', 'ahead = average.flatten(1)', "muon::test_step_by_hand"),
     ('product, gram = p @ product, p @ gram @ p', 'product, gram = p @ product, p @ gram', "muon::test_every_singular_value_goes_through_the_polynomial"),
