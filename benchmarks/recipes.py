@@ -3,7 +3,7 @@
 labs: the labs' network and settings (Adam 1e-3 with linear decay, batch 100, noise prediction, linear betas up to 0.02 at T = 500),
     repaired only where they are wrong: the square root in the noise, and a shortcut that is trained. Float32, as it was written.
 labs, bfloat16: the same in bfloat16 and channels_last, their best setting on a processor that multiplies bfloat16.
-ours: ContextUnet, v-prediction, cosine schedule, Muon, times around the middle, batch 32, averaged weights, bfloat16 where the processor has it.
+ours: ContextUnet with 24 features, v-prediction, cosine schedule, Muon, times around the middle, batch 32, averaged weights, bfloat16 where the processor has it.
 
 All see the same sprites, drop the context of one in ten, and draw order, times and noise from the seed.
 """
@@ -58,7 +58,7 @@ def labs(data, steps, seed, bfloat16=False):
         yield net
 
 
-def our_network(): return ContextUnet(predicts="v")
+def our_network(): return ContextUnet(n_feat=24, predicts="v")
 
 
 def ours(data, steps, seed):
