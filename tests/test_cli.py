@@ -21,6 +21,7 @@ from diffusion_course.checkpoints import load_model, save_model
 from diffusion_course.context import one_hot
 from diffusion_course.fast_sampling import ddim, dpmpp_2m
 from diffusion_course.plots import save_images
+from diffusion_course.precision import fast
 from diffusion_course.sampling import Schedule, clipped, predictor, sample
 from diffusion_course.unet import ContextUnet
 
@@ -55,14 +56,14 @@ def one_line(capsys):
 def test_sample_is_sample(here, small):
     assert run("sample", "food", "--n", 3, "--sampler", "ddim", "--steps", 4, "--seed", 5, "--model", small, "--out", "x.png") == 0
     net, about = load_model(small)
-    x = sample(clipped(predictor(net, about["schedule"], one_hot("food")), about["schedule"]), about["schedule"], 3, sampler=ddim, steps=4, seed=5)
+    x = sample(clipped(predictor(fast(net), about["schedule"], one_hot("food")), about["schedule"]), about["schedule"], 3, sampler=ddim, steps=4, seed=5)
     assert Path("x.png").read_bytes() == save_images(here / "y.png", x, ncols=8).read_bytes()
 
 def test_the_default_is_what_drew_best(here, small):
     "DPM-Solver++(2M) with fresh noise in 20 calls, not the deterministic walk."
     assert run("sample", "food", "--n", 3, "--model", small, "--out", "x.png") == 0
     net, about = load_model(small)
-    predict = clipped(predictor(net, about["schedule"], one_hot("food")), about["schedule"])
+    predict = clipped(predictor(fast(net), about["schedule"], one_hot("food")), about["schedule"])
     x = sample(predict, about["schedule"], 3, sampler=partial(dpmpp_2m, eta=1.0), steps=20)
     assert Path("x.png").read_bytes() == save_images(here / "y.png", x, ncols=8).read_bytes()
 
@@ -243,7 +244,7 @@ def test_every_class_can_be_asked_for_and_the_suggestion_works(here, capsys, nam
     position = load_model("model.safetensors")[1]["classes"].index(name if name != "Käse" else "K\u00e4se")
     assert run("sample", "--model", "model.safetensors", "--out", "a.png", "--", name) == 0
     net, about = load_model("model.safetensors")
-    x = sample(clipped(predictor(net, about["schedule"], torch.eye(2)[[position]]), about["schedule"]), about["schedule"], 16, sampler=partial(dpmpp_2m, eta=1.0), steps=20, shape=(3, 8, 8))
+    x = sample(clipped(predictor(fast(net), about["schedule"], torch.eye(2)[[position]]), about["schedule"]), about["schedule"], 16, sampler=partial(dpmpp_2m, eta=1.0), steps=20, shape=(3, 8, 8))
     assert Path("a.png").read_bytes() == save_images(here / "b.png", x, ncols=8).read_bytes()
 
 def test_a_model_without_labels_refuses_a_class(here, capsys):

@@ -128,7 +128,7 @@ TABLE = {
     ('if stop or step.step % every == 0 or step.step == steps:', 'if step.step % every == 0 or step.step == steps:', "cli::test_foreign_files_with_names_like_ours_stay"),
     ('if done is not None and not resume:', 'if False:', "cli::test_interrupted_and_resumed_is_uninterrupted"),
     ('return (found.mirrored() if mirror else found), split', 'return found, split', "cli::test_a_resumed_run_names_what_differs"),
-    ('loss=with_dropped_context(prediction_loss, drop)', 'loss=prediction_loss', "cli::test_a_resumed_run_names_what_differs"),
+    ('loss=with_dropped_context(partial(prediction_loss, times=middle_times), drop)', 'loss=partial(prediction_loss, times=middle_times)', "cli::test_a_resumed_run_names_what_differs"),
     ('["--"] if what.startswith("-") else []', '[]', "cli::test_every_class_can_be_asked_for_and_the_suggestion_works[-x]"),
     ('if state is None and not any(folder.glob("step-*")): remove_training(folder)', 'pass', "cli::test_mistakes_in_train"),
     ('classes=list(data.class_names), size=size,', 'size=size,', "cli::test_train_on_a_folder_then_sample"),

@@ -1,4 +1,5 @@
 "Guards for diffusion_course.plots: the display mapping, the sizes and colours of animations, whole files, figures shown once."
+import os
 import ast, inspect, io, math, sys, warnings
 from pathlib import Path
 from types import SimpleNamespace
