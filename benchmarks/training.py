@@ -127,7 +127,8 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", help="train these only, and judge nothing")
     args = parser.parse_args()
     def data(): return Sprites.draw(args.images)
-    clock = RESULTS / "pace.json"
+    clock = MODELS / "pace.json" # beside the models, because it decides their steps
+    MODELS.mkdir(parents=True, exist_ok=True)
     if not clock.exists(): clock.write_text(json.dumps(dict(machine=machine(), pace=pace(data())), indent=1))
     seconds = json.loads(clock.read_text())["pace"]
     wanted = [(name, budget, seed) for name in BUDGETS for budget in BUDGETS[name] for seed in SEEDS[name]

@@ -18,7 +18,7 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315      # a, b, c of Jordan's polynomial
 def orthogonal(
     m: Tensor,          # (rows, columns)
     rounds: int = 3,    # of the Newton–Schulz iteration
-) -> Tensor:            # (rows, columns), singular values between about 0.7 and 1.2
+) -> Tensor:            # (rows, columns); strong directions get singular values of about 0.7 to 1.2
     """The directions of `m`, all about equally long: roughly U V^T of m = U S V^T (K. Jordan and others, 2024).
 
     Three rounds lift singular values above about 1/30 of the norm of `m`, five those above 1/300. Zeros stay zeros."""
