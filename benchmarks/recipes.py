@@ -3,7 +3,8 @@
 labs: the labs' network and settings (Adam 1e-3 with linear decay, batch 100, noise prediction, linear betas up to 0.02 at T = 500),
     repaired only where they are wrong: the square root in the noise, and a shortcut that is trained. Float32, as it was written.
 labs, bfloat16: the same in bfloat16 and channels_last, their best setting on a processor that multiplies bfloat16.
-ours: ContextUnet with 24 features, v-prediction, cosine schedule, Muon, times around the middle, batch 32, averaged weights, bfloat16 where the processor has it.
+ours, noise: ContextUnet with 24 features, noise prediction, cosine schedule, Muon, times around the middle, batch 32, averaged weights, bfloat16 where the processor has it.
+ours, v: the same with v-prediction, and a shorter average.
 
 All see the same sprites, drop the context of one in ten, and draw order, times and noise from the seed.
 """
@@ -58,16 +59,17 @@ def labs(data, steps, seed, bfloat16=False):
         yield net
 
 
-def our_network(): return ContextUnet(n_feat=24, predicts="v")
+def our_network(predicts): return ContextUnet(n_feat=24, predicts=predicts)
 
 
-def ours(data, steps, seed):
+def ours(data, steps, seed, predicts, ema):
     torch.manual_seed(seed)
     loss = with_dropped_context(partial(prediction_loss, times=middle_times))
-    loop = train(our_network(), data, Schedule.cosine(), steps=steps, batch_size=32, ema=0.99, optimizer=muon, loss=loss, seed=seed, device="cpu")
+    loop = train(our_network(predicts), data, Schedule.cosine(), steps=steps, batch_size=32, ema=ema, optimizer=muon, loss=loss, seed=seed, device="cpu")
     for step in loop: yield step.ema
 
 
 RECIPES = {"labs": Recipe(labs_network, LABS, 100, labs),
            "labs, bfloat16": Recipe(labs_network, LABS, 100, partial(labs, bfloat16=True)),
-           "ours": Recipe(our_network, Schedule.cosine(), 32, ours)}
+           "ours, noise": Recipe(partial(our_network, "eps"), Schedule.cosine(), 32, partial(ours, predicts="eps", ema=0.995)),
+           "ours, v": Recipe(partial(our_network, "v"), Schedule.cosine(), 32, partial(ours, predicts="v", ema=0.99))}

@@ -28,8 +28,8 @@ from machine import RESULTS, machine
 from recipes import RECIPES
 
 MODELS = Path(__file__).parents[1] / "build" / "training"
-BUDGETS = {"labs": (1800,), "ours": (60, 120)} # seconds
-SEEDS = {"labs": range(3), "ours": range(5)}
+BUDGETS = {"labs": (1800,), "ours, noise": (60, 120), "ours, v": (60, 120)} # seconds
+SEEDS = {name: range(3 if name == "labs" else 5) for name in BUDGETS}
 JUDGES = {"DDPM, 50 steps": (ddpm, 50), "2M with fresh noise, 20 steps": (lambda *a, **k: dpmpp_2m(*a, **k, eta=1.0), 20)}
 
 
@@ -45,7 +45,7 @@ def pace(data, rounds=15, warm_up=3):
     return {name: statistics.median(s) for name, s in seconds.items()}
 
 
-def model_file(name, budget, seed): return MODELS / f"{name}-{budget}-{seed}.safetensors"
+def model_file(name, budget, seed): return MODELS / f"{name.replace(', ', '-')}-{budget}-{seed}.safetensors"
 
 
 def trained(name, budget, seed, steps, data):

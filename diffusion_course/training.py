@@ -66,10 +66,10 @@ def uniform_times(n: int, T: int, generator: torch.Generator | None = None) -> T
     "Every time 1 … T is equally likely (DDPM, algorithm 1)."
     return torch.randint(1, T + 1, (n,), generator=generator)
 
-def middle_times(n: int, T: int, generator: torch.Generator | None = None) -> Tensor: # int (n,)
-    "Times 1 … T around the middle: logit-normal (Esser and others, 2403.03206, section 3.1)."
-    # t / T = sigmoid(z), z ~ N(0, 1)
-    share = torch.randn(n, generator=generator).sigmoid()
+def middle_times(n: int, T: int, generator: torch.Generator | None = None, width: float = 1.0) -> Tensor: # int (n,)
+    "Times 1 … T around the middle: logit-normal (Esser and others, 2403.03206, section 3.1). A larger width reaches further to both ends."
+    # t / T = sigmoid(width z), z ~ N(0, 1)
+    share = (width * torch.randn(n, generator=generator)).sigmoid()
     return (share * T).long().clamp(max=T - 1) + 1
 
 def prediction_loss(
