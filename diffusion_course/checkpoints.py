@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .disk import SIGNATURE, is_ours, remove, write_whole
 from .sampling import Schedule
-from .training import TrainingState
+from .resume import TrainingState
 from .unet import ContextUnet
 
 # %% ../nbs/toolkit/checkpoints.ipynb #fa719e9d

@@ -12,6 +12,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from . import guards
 from .sampling import Prediction, send, wrapping
 from .sprites import CLASSES
 
@@ -42,8 +43,7 @@ def mix(
     "A context vector with several classes in it at once. Raises ValueError for a class that does not exist or a weight that is not a finite number."
     context = torch.zeros(1, len(classes))
     for name, weight in weights.items():
-        if not isinstance(weight, Real) or not abs(weight) < 1e6: raise ValueError(f"weight {weight!r} of {name!r}: expected a finite number below a million")
-        context[0, _index(name, list(classes))] += weight
+        context[0, _index(name, list(classes))] += guards.number(f"weight of {name!r}", weight, "a finite number, a million at most")
     return context
 
 # %% ../nbs/L3_Context.ipynb #4e33bbfb
@@ -55,9 +55,8 @@ def drop_context(
     """Set each row to zero with probability p, each row by its own coin: zero means no context (Ho & Salimans, 2207.12598, algorithm 1).
 
     Raises ValueError for p outside 0 … 1 and for a context that is no table of rows."""
-    if not (isinstance(p, Real) and 0 <= p <= 1): raise ValueError(f"p={p!r}: expected a probability, 0 … 1")
-    if context.ndim != 2: raise ValueError(f"context has shape {tuple(context.shape)}: expected (n, n_context), one row per image")
-    keep = torch.rand(len(context), 1, generator=generator) >= p
+    guards.number("p", p, "a probability, 0 … 1", 0, 1)
+    keep = torch.rand(len(guards.table(context)), 1, generator=generator) >= p
     return context * send(keep.to(context.dtype), context.device)
 
 def with_dropped_context(
@@ -79,7 +78,7 @@ def guided(
     """Classifier-free guidance (Ho & Salimans, 2207.12598, equation 6, whose w is scale - 1): from `uncond` towards `cond`, and beyond.
 
     Clip afterwards, `clipped(guided(…), schedule)`: what goes beyond leaves the range of images. Raises ValueError for a scale that is not a finite number."""
-    if not isinstance(scale, Real) or not abs(scale) < 1e6: raise ValueError(f"scale={scale!r}: expected a finite number; 0 = unconditional, 1 = conditional")
+    guards.number("scale", scale, "a finite number; 0 = unconditional, 1 = conditional")
     if scale == 1: return cond
     if scale == 0: return uncond
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from . import guards
 from .sampling import Prediction, Schedule, Step, prediction_from_x0, visited
 
 # %% ../nbs/L4_FastSampling.ipynb #b9892348
@@ -35,7 +36,7 @@ def ddim_sigma(
     eta: float = 1.0, # 0: no fresh noise, 1: as much as DDPM
 ) -> float: # 0 … 1
     "How much fresh noise a step from t to s adds (DDIM, equation 16). Raises ValueError for eta outside 0 … 1."
-    if not (isinstance(eta, (int, float)) and 0 <= eta <= 1): raise ValueError(f"eta={eta!r}: expected a number from 0 (deterministic) to 1 (as noisy as DDPM)")
+    guards.number("eta", eta, "a number from 0 (deterministic) to 1 (as noisy as DDPM)", 0, 1)
     ab_t, ab_s = schedule.alpha_bar[t].item(), schedule.alpha_bar[s].item()
     # sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
     return eta * ((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)) ** 0.5
@@ -67,7 +68,7 @@ def blended(
     share: float, # of the way from a to b, 0 … 1
 ) -> Tensor: # (n, …) standard normal noise again
     "Between two noises, on an arc: a straight line would lose variance, and the network has never seen such noise. Raises ValueError for a share outside 0 … 1."
-    if not 0 <= share <= 1: raise ValueError(f"share={share!r}: expected a number from 0 (a) to 1 (b)")
+    guards.number("share", share, "a number from 0 (a) to 1 (b)", 0, 1)
     angle = share * torch.pi / 2
     # cos² + sin² = 1, so the variance stays 1
     return math.cos(angle) * a + math.sin(angle) * b

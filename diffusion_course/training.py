@@ -4,21 +4,18 @@
 
 # %% auto #0
 __all__ = ['add_noise', 'prediction_target', 'uniform_times', 'middle_times', 'prediction_loss', 'noise_prediction_loss',
-           'check_range', 'shuffled_batches', 'warmup_then_decay', 'ramped_average', 'TrainingState', 'TrainStep',
-           'TrainingDiverged', 'train', 'progress']
+           'warmup_then_decay', 'ramped_average', 'TrainStep', 'TrainingDiverged', 'train', 'progress', 'TrainingState',
+           'check_range', 'shuffled_batches']
 
 # %% ../nbs/L2_Training.ipynb #acf12c9f
 import math
-import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,11 +23,16 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from . import guards
 from .crew import Crew
+from .guards import check_range
 from .identity import described, identity
 from .muon import adamw
-from .precision import best_device, fast_dtype
-from .sampling import PREDICTIONS, Schedule, send, signal_and_noise
+from .precision import best_device, fast_dtype, send
+from .resume import TrainingState, pack, seeded, shuffled_batches, unpack
+from .sampling import PREDICTIONS, Schedule, signal_and_noise
+
+_all_ = ["TrainingState", "check_range", "shuffled_batches"]
 
 # %% ../nbs/L2_Training.ipynb #fbcddeb3
 def add_noise(
@@ -40,8 +42,7 @@ def add_noise(
     schedule: Schedule,
 ) -> Tensor: # (n, …) x_t
     "Jump from clean images to time t at once: a draw of q(x_t | x_0) (DDPM, equation 4). Raises ValueError for times outside 0 … T or noise of another shape, TypeError for times that are not whole, images that are not floats and noise of another dtype."
-    if eps.dtype != x0.dtype: raise TypeError(f"eps has dtype {eps.dtype} and x0 {x0.dtype}: expected the same, as torch.randn_like(x0) makes it")
-    if eps.shape != x0.shape: raise ValueError(f"eps has shape {tuple(eps.shape)} and x0 {tuple(x0.shape)}: expected the same, one noise value per pixel")
+    guards.noise_like(eps, x0)
     signal, noise = signal_and_noise(t, x0, schedule)
     # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
     return signal * x0 + noise * eps
@@ -55,9 +56,9 @@ def prediction_target(
     schedule: Schedule,
 ) -> Tensor: # (n, …)
     "What a network of this kind should answer. v is that of Salimans & Ho (2202.00512, section 4). Raises ValueError for another kind."
+    guards.one_of("kind", kind, PREDICTIONS)
     if kind == "eps": return eps
     if kind == "x0": return x0
-    if kind != "v": raise ValueError(f"kind={kind!r}: expected one of {sorted(PREDICTIONS)}")
     signal, noise = signal_and_noise(t, x0, schedule)
     # v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
     return signal * eps - noise * x0
@@ -88,44 +89,12 @@ def prediction_loss(
     eps = send(torch.randn(x0.shape, generator=generator).to(x0.dtype), x0.device)
     xt, t_net = add_noise(x0, t, eps, schedule), send(t, x0.device)
     output = net(xt, t_net) if context is None else net(xt, t_net, context)
-    if output.shape != x0.shape: raise ValueError(f"the network's answer has shape {tuple(output.shape)}: expected {tuple(x0.shape)}")
+    guards.shaped("the network's answer", output, x0.shape)
     return F.mse_loss(output.to(x0.dtype), prediction_target(kind, x0, eps, t, schedule))
 
 def noise_prediction_loss(net, x0, context, schedule, *, generator=None) -> Tensor: # scalar
     "`prediction_loss` for a network that predicts the noise, whatever it says of itself: the loss of DDPM, algorithm 1."
     return prediction_loss(net, x0, context, schedule, kind="eps", generator=generator)
-
-# %% ../nbs/L2_Training.ipynb #b0a4c1e1
-def check_range(x0: Tensor): # (n, …) clean images, such as the first batch of a run
-    """Refuse images in 0 … 255 and warn of images in 0 … 1: a network would be trained on them without a word, and its samples be wrong.
-
-    Raises ValueError for values far outside the range of images, -1 … 1."""
-    low, high = torch.stack(x0.detach().aminmax()).cpu().tolist() # one read
-    if max(-low, high) > 16:
-        raise ValueError(f"x0 goes from {low:g} to {high:g}: expected about -1 … 1. For pixels in 0 … 255 write x0 / 127.5 - 1")
-    if 0 <= low < high:
-        warnings.warn(f"x0 goes from {low:g} to {high:g} and is never below 0: expected about -1 … 1. For pixels in 0 … 1 write x0 * 2 - 1", stacklevel=2)
-
-# %% ../nbs/L2_Training.ipynb #2f96240d
-def _seeded(*key): # a CPU generator that depends on the key alone
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
-def shuffled_batches(
-    n: int, # size of the data set
-    batch_size: int,
-    steps: int, # batches in the whole run
-    *,
-    seed: int = 0,
-    start: int = 0, # first batch wanted
-) -> Iterator[list[int]]:
-    "The indices of batches start … steps - 1: each epoch a new shuffle that depends on (seed, epoch) alone, so a run can start anywhere."
-    epoch, order = -1, None
-    for step in range(start, steps):
-        batch = []
-        for position in range(step * batch_size, (step + 1) * batch_size):
-            if position // n != epoch: epoch = position // n; order = torch.randperm(n, generator=_seeded(seed, 0, epoch)).tolist()
-            batch.append(order[position % n])
-        yield batch
 
 # %% ../nbs/L2_Training.ipynb #77ab982d
 def warmup_then_decay(
@@ -148,11 +117,6 @@ def ramped_average(
     return average
 
 # %% ../nbs/L2_Training.ipynb #746b8039
-class TrainingState(NamedTuple):
-    "All that decides the rest of a run, ready to be written to disk."
-    tensors: dict[str, Tensor] # "net.…", "ema.…" and "optimizer.…", on the CPU
-    settings: dict # plain JSON values: the arguments of `train`, what tells network, data, schedule and loss from others, and the step
-
 class TrainStep(NamedTuple):
     "What `train` yields after each optimiser step."
     step: int # steps done, from 1
@@ -181,31 +145,6 @@ def _check_finite(step, loss, norm, lr):
     if math.isfinite(loss + norm): return
     raise TrainingDiverged(f"step {step}: the loss is {loss:.4g} and the norm of its gradient {norm:.4g}. The weights are those of step {step - 1}; "
                            f"try a smaller lr than {lr:g}, float32 (autocast=False), or look for NaN in the data")
-
-def _moments(optimizers): # what each optimiser remembers of its weights, numbered through
-    weights = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    memory = {id(p): moments for optimizer in optimizers for p, moments in optimizer.state.items()}
-    return {f"optimizer.{i}": memory[id(p)] for i, p in enumerate(weights) if id(p) in memory}
-
-def _pack(net, ema, optimizers, settings):
-    parts = {"net": net.state_dict(), "ema": ema.state_dict(), **_moments(optimizers)}
-    return TrainingState({f"{part}.{name}": value.detach().cpu().clone() for part, values in parts.items() for name, value in values.items()}, settings)
-
-def _unpack(state, settings, net, ema, optimizers):
-    # what a state of an older version does not hold cannot be compared
-    changed = {k: (state.settings[k], v) for k, v in settings.items() if k != "step" and state.settings.get(k, v) != v}
-    if changed:
-        raise ValueError("cannot resume with other settings: " + ", ".join(f"{k} was {old!r} and is now {new!r}" for k, (old, new) in changed.items())
-                         + "; resume with those of before, or begin a new training in another folder")
-    def part(name): return {k.removeprefix(name): v for k, v in state.tensors.items() if k.startswith(name)}
-    net.load_state_dict(part("net.")); ema.load_state_dict(part("ema."))
-    first = 0
-    for optimizer in optimizers:
-        n = sum(len(group["params"]) for group in optimizer.param_groups)
-        moments = {i: part(f"optimizer.{first + i}.") for i in range(n)}
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": {i: found for i, found in moments.items() if found}})
-        first += n
-    return state.settings["step"]
 
 # %% ../nbs/L2_Training.ipynb #be50f430
 def train(
@@ -237,18 +176,18 @@ def train(
     net.to(device).train()
     average = AveragedModel(net, avg_fn=ramped_average(ema)).eval()
     optimizers = optimizer(net, lr)
-    first = _unpack(resume, settings, net, average, optimizers) if resume else 0
+    first = unpack(resume, settings, net, average, optimizers) if resume else 0
     largest = [(group, group["lr"]) for part in optimizers for group in part.param_groups]
     with Crew(net, loss, {**settings, "step": first}) as crew: # this process alone, unless a launcher started several
         rows = (batch[crew.own] for batch in shuffled_batches(len(data), batch_size, steps, seed=seed, start=first))
         start = time.perf_counter()
-        for step, batch in enumerate(DataLoader(data, batch_sampler=rows, generator=_seeded(seed)), first + 1):
+        for step, batch in enumerate(DataLoader(data, batch_sampler=rows, generator=seeded(seed)), first + 1):
             x0, context = _images_and_context(batch)
             if step == first + 1: check_range(x0)
             factor = warmup_then_decay(step - 1, steps)
             for group, top in largest: group["lr"] = top * factor
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                value = crew.loss(send(x0, device), context if context is None else send(context, device), schedule, generator=_seeded(seed, 1, step))
+                value = crew.loss(send(x0, device), context if context is None else send(context, device), schedule, generator=seeded(seed, 1, step))
             net.zero_grad()
             value.backward()
             norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
@@ -259,7 +198,7 @@ def train(
             seconds = time.perf_counter() - start
             if crew.rank == 0:
                 yield TrainStep(step, value, lr * factor, seconds, (step - first) * batch_size / seconds, net, average.module,
-                                partial(_pack, net, average, optimizers, {**settings, "step": step}))
+                                partial(pack, net, average, optimizers, {**settings, "step": step}))
             crew.go_on()
 
 # %% ../nbs/L2_Training.ipynb #231b17c5

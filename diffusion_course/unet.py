@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import guards
+
 # %% ../nbs/toolkit/unet.ipynb #88aefcd9
 PREDICTIONS = ("eps", "x0", "v")      # what a network can be trained to predict
 GROUPS = 8                            # channels are normalised in this many groups
@@ -64,50 +66,6 @@ def _zero(layer):
     for p in layer.parameters(): nn.init.zeros_(p)
     return layer
 
-# %% ../nbs/toolkit/unet.ipynb #e9ebd125
-def _check_image(x, in_channels, depth, weight):
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a float tensor, got {_kind(x)}. For pixels in bytes write x.float() / 127.5 - 1.")
-    if x.dtype != weight.dtype and (x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type)): # autocast leaves doubles alone
-        raise TypeError(f"x is a tensor of {x.dtype}, and the network's weights are {weight.dtype}. Write x.to({weight.dtype}), "
-                        f"or convert the network: net.to({x.dtype}).")
-    if x.ndim != 4 or x.shape[1] != in_channels:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (n, {in_channels}, height, width).")
-    h, w = x.shape[2:]
-    unit, often = 2**depth, {1: "once", 2: "twice"}.get(depth, f"{depth} times")
-    if h % unit or w % unit or not h or not w:
-        raise ValueError(f"x is {h} x {w} pixels, but the network halves an image {often}: height and "
-                         f"width must be multiples of {unit}. Pad or crop the images to a multiple of {unit}.")
-
-
-def _check_time(t, n):
-    if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-        raise TypeError(f"t must be an integer tensor of shape ({n},), got {_kind(t)}. For one time for all images "
-                        "write torch.full((n,), t), or call the network through predictor(), which does that; "
-                        "times are steps 0 ... T, not fractions.")
-    if t.shape != (n,):
-        raise ValueError(f"t has shape {tuple(t.shape)}, expected ({n},): one integer time for each image.")
-
-
-def _check_context(context, n, n_context):
-    if context is None: return
-    if not isinstance(context, Tensor) or not context.is_floating_point():
-        raise TypeError(f"context must be a float tensor of shape ({n}, {n_context}) or None, got {_kind(context)}. "
-                        "For class names or class numbers use one_hot from diffusion_course.context.")
-    if context.shape != (n, n_context):
-        raise ValueError(f"context has shape {tuple(context.shape)}, expected ({n}, {n_context}): one row of "
-                         f"{n_context} numbers for each image. For class names or class numbers use one_hot from "
-                         "diffusion_course.context.")
-
-
-def _check_device(device, **inputs):
-    for name, value in inputs.items():
-        if value is not None and value.device != device:
-            raise ValueError(f"{name} is on {value.device}, the network on {device}. Write {name}.to({str(device)!r}), or net.to({str(value.device)!r}).")
-
-
-def _kind(x): return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"{type(x).__name__} {x!r:.40}"
-
 # %% ../nbs/toolkit/unet.ipynb #2a3b0cd6
 class ContextUnet(nn.Module):
     """A U-Net that predicts `eps`, `x0` or `v` from a noisy image, its time and a context, at `depth` + 1 resolutions.
@@ -149,10 +107,10 @@ class ContextUnet(nn.Module):
         context: Tensor | None = None,  # (n, n_context) float; None and rows of zeros mean "no context"
     ) -> Tensor:                        # same shape as x
         depth = self.config["depth"]
-        _check_image(x, self.config["in_channels"], depth, self.stem.weight)
-        _check_time(t, len(x))
-        _check_context(context, len(x), self.config["n_context"])
-        _check_device(self.stem.weight.device, x=x, t=t, context=context)
+        guards.network_image(x, self.config["in_channels"], depth, self.stem.weight)
+        guards.network_times(t, len(x))
+        guards.network_context(context, len(x), self.config["n_context"])
+        guards.on_device(self.stem.weight.device, x=x, t=t, context=context)
 
         cond = self.condition(t, context, x.dtype)
         h, skips = self.stem(x), []

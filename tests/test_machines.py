@@ -12,6 +12,7 @@ from oracles import random_images, random_unet, seeded, smooth_predictor
 from standin import NAME, OnDevice, StandIn
 from torch.testing import assert_close
 
+import diffusion_course.noise as noise_module
 import diffusion_course.sampling as sampling
 import diffusion_course.training as training
 from diffusion_course.context import drop_context, guided, one_hot, with_dropped_context
@@ -186,7 +187,7 @@ def test_wrong_versions_fail(device):
 @pytest.mark.parametrize("limit", [1, 40, 2**22])
 @pytest.mark.parametrize("shape", [(1,), (3,), (7,), (3, 5), (3, 16, 16)], ids=str)
 def test_blocks_change_no_number(monkeypatch, limit, shape):
-    monkeypatch.setattr(sampling, "BLOCK", limit)
+    monkeypatch.setattr(noise_module, "BLOCK", limit)
     noise, generators = per_sample_noise(5, [2, 9]), [np.random.default_rng([5, 1, i]) for i in (2, 9)]
     for _ in range(12):
         want = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])
@@ -198,11 +199,11 @@ def test_blocks_of_a_changing_shape():
         assert torch.equal(noise(torch.empty(1, *shape))[0], torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)))
 
 def test_blocks_are_few_and_bounded(monkeypatch):
-    drawn, normal = [], sampling._normal
-    monkeypatch.setattr(sampling, "_normal", lambda generators, shape, device: drawn.append(len(generators) * shape[0]) or normal(generators, shape, device))
+    drawn, normal = [], noise_module._normal
+    monkeypatch.setattr(noise_module, "_normal", lambda generators, shape, device: drawn.append(len(generators) * shape[0]) or normal(generators, shape, device))
     noise, x = per_sample_noise(0, 100), torch.empty(100, 3, 16, 16)
     for _ in range(200): noise(x)
-    assert max(drawn) <= sampling.BLOCK == 2**22 and len(drawn) < 10        # 16 MB in float32
+    assert max(drawn) <= noise_module.BLOCK == 2**22 and len(drawn) < 10        # 16 MB in float32
     drawn.clear()
     large = per_sample_noise(0, 2)
     for _ in range(3): large(torch.empty(2, 2**22))                          # a step that is larger than a block is drawn alone

@@ -100,9 +100,13 @@ TABLE = {
     ('if forced in PRECISIONS: return', 'if forced in ("float32",): return', "machines::test_precision_can_be_set"),
     ('except (AttributeError, RuntimeError): return False', 'except KeyError: return False', "machines::test_without_onednn"),
 ],
+"resume": [
+    ('        first += n', '        first += 0', "resume::test_resumed_run_is_the_whole_run"),
+    ('if k != "step" and state.settings.get(k, v) != v}', 'if False}', "resume::test_another_run_is_refused_by_name"),
+    ('generator=seeded(seed, 0, epoch)', 'generator=seeded(seed, 0, 0)', "resume::test_every_epoch_sees_every_image_once"),
+],
 "training": [
     ('largest = [(group, group["lr"]) for part in optimizers for group in part.param_groups]', 'largest = [(group, group["lr"]) for part in optimizers[:1] for group in part.param_groups]', "muon::test_the_rate_of_every_optimiser_falls"),
-    ('        first += n', '        first += 0', "resume::test_resumed_run_is_the_whole_run"),
     ('dict(optimizer=described(optimizer))', 'dict(optimizer="")', "resume::test_another_run_is_refused_by_name"),
     ('share = (width * torch.randn(n, generator=generator)).sigmoid()', 'share = (width * torch.rand(n, generator=generator)).sigmoid()', "muon::test_middle_times_are_logit_normal"),
     ('share = (width * torch.randn(n, generator=generator)).sigmoid()', 'share = torch.randn(n, generator=generator).sigmoid()', "muon::test_middle_times_are_logit_normal"),

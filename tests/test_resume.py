@@ -152,6 +152,14 @@ def test_infinite_gradient_stops_before_the_weights():
     assert all(p.isfinite().all() for p in net.parameters())
 
 
+def test_every_epoch_sees_every_image_once():
+    "In an order of its own, which depends on the seed."
+    first, second = [sum(batches, []) for batches in (lambda b: (b[:4], b[4:]))(list(shuffled_batches(20, 5, 8)))]
+    assert sorted(first) == sorted(second) == list(range(20)) and first != second
+    assert list(shuffled_batches(20, 5, 8, start=5)) == list(shuffled_batches(20, 5, 8))[5:]
+    assert list(shuffled_batches(20, 5, 8, seed=1)) != list(shuffled_batches(20, 5, 8))
+
+
 # --- the edges -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n, batch_size", [(1, 1), (1, 4), (3, 8), (8, 8), (9, 8), (16, 8), (5, 11)])

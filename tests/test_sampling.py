@@ -88,7 +88,7 @@ def test_schedule_keeps_its_own_copy(make):
     ([[1, 0.5], [0.4, 0.3]], "shape"), ([1.0], "shape"), (1.0, "shape"), ([], "shape"),
     ([0.999, 0.5, 0.1], "clean data"), ([torch.nan, 0.5], "clean data"),
     ([1, 0.5, 0.6], "fall"), ([1, 0.5, 0.5], "fall"), ([1, torch.nan, 0.5], "fall"),
-    ([1, 0.5, 0.0], "above 0"), ([1, 0.5, -0.1], "above 0")])
+    ([1, 0.5, -0.1], "below 0")])
 def test_bad_schedules(alpha_bar, words):
     with pytest.raises(ValueError, match=words): Schedule(alpha_bar)
 
