@@ -26,20 +26,71 @@ from .precision import send
 _all_ = ["initial_noise", "per_sample_noise", "send"]
 
 # %% ../nbs/L1_Sampling.ipynb #fa6b6a7c
+#| code-fold: true
+#| code-summary: "The form of the package: Schedule"
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """How much of the image is left at each time t = 0 … T: `alpha_bar[t]` is the share of the signal in the variance of x_t.
-
-    Raises ValueError unless `alpha_bar` starts at 1 and falls at every step, to 0 or above (DDPM, section 2)."""
+    """How much of the image is left at each time t = 0 … T: `alpha_bar[t]` is the share of
+    the signal in the variance of x_t (DDPM, section 2). Raises ValueError unless it starts
+    at 1 and falls at every step, to 0 or above."""
     alpha_bar: Tensor # float64 (T+1,), kept on the CPU; a list or an array will do
 
-    def __post_init__(self): object.__setattr__(self, "alpha_bar", guards.falling_signal(self.alpha_bar))
+    def __post_init__(self):
+        alpha_bar = guards.falling_signal(self.alpha_bar)
+        object.__setattr__(self, "alpha_bar", alpha_bar) # the class is frozen
 
     @property
     def T(self) -> int: return len(self.alpha_bar) - 1
-    def __repr__(self): return f"Schedule(T={self.T}, sqrt(alpha_bar[T])={self.alpha_bar[-1].sqrt():.4f})"
+    def __repr__(self):
+        return f"Schedule(T={self.T}, sqrt(alpha_bar[T])={self.alpha_bar[-1].sqrt():.4f})"
+
+# %% ../nbs/L1_Sampling.ipynb #07168067
+#| code-fold: true
+#| code-summary: "The form of the package: Schedule.linear and Schedule.cosine"
+def _from_betas(beta):
+    # alpha_bar_t = (1 - beta_1) (1 - beta_2) … (1 - beta_t)
+    return Schedule(torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)]))
+
+@patch(cls_method=True)
+def linear(
+    cls: Schedule,
+    T: int = 500, # number of times
+    beta_1: float | None = None, # first beta; by default 0.1 / T
+    beta_T: float | None = None, # last beta; by default 20 / T
+) -> Schedule:
+    """beta rises along a straight line (DDPM, section 4). The defaults are DDPM's own 1e-4
+    and 0.02 when T = 1000, and scale as 1000 / T; from T = 30 on less than 0.01 of the signal
+    is left at time T. Raises ValueError unless every beta lies between 0 and 1; warns when
+    betas of your own leave more than a tenth of the signal."""
+    guards.whole("T", T)
+    own = beta_1 is not None or beta_T is not None
+    beta_1 = min(0.1 / T, 0.5) if beta_1 is None else beta_1
+    beta_T = min(20 / T, 0.5) if beta_T is None else beta_T
+    guards.between_0_and_1(beta_1=beta_1, beta_T=beta_T)
+    schedule = _from_betas(torch.linspace(beta_1, beta_T, T, dtype=torch.float64))
+    if own:
+        call = f"Schedule.linear({T}, {beta_1:g}, {beta_T:g})"
+        guards.warn_of_signal(call, schedule.alpha_bar[-1].sqrt(), f"Schedule.linear({T})")
+    return schedule
+
+@patch(cls_method=True)
+def cosine(
+    cls: Schedule,
+    T: int = 500, # number of times
+    s: float = 0.008, # keeps the first betas from being too small
+    beta_max: float = 0.999, # keeps the last beta below 1
+) -> Schedule:
+    """alpha_bar falls along a squared cosine (Nichol & Dhariwal, 2102.09672, equation 17).
+    Raises ValueError for a bad T."""
+    guards.whole("T", T)
+    # f(t) = cos²((t/T + s) / (1 + s) · π/2),  beta_t = 1 - f(t) / f(t-1)
+    share = torch.arange(T + 1, dtype=torch.float64) / T
+    f = torch.cos((share + s) / (1 + s) * torch.pi / 2) ** 2
+    return _from_betas((1 - f[1:] / f[:-1]).clamp(max=beta_max))
 
 # %% ../nbs/L1_Sampling.ipynb #4a25eae1
+#| code-fold: true
+#| code-summary: "The form of the package: alpha, beta, snr, sigma"
 @patch(as_prop=True)
 def alpha(self: Schedule) -> Tensor:
     "Share of the signal that step t keeps, float64 (T+1,); `alpha[0]` is 1."
@@ -60,59 +111,28 @@ def snr(self: Schedule) -> Tensor:
 
 @patch(as_prop=True)
 def sigma(self: Schedule) -> Tensor:
-    "Noise level relative to the signal, float64 (T+1,): the sigma of EDM and k-diffusion (2206.00364)."
+    "Noise relative to the signal, float64 (T+1,): the sigma of EDM (2206.00364)."
     # sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t)
     return ((1 - self.alpha_bar) / self.alpha_bar).sqrt()
 
-# %% ../nbs/L1_Sampling.ipynb #07168067
-def _from_betas(beta): # alpha_bar_t = (1 - beta_1) (1 - beta_2) … (1 - beta_t)
-    return Schedule(torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)]))
-
-@patch(cls_method=True)
-def linear(
-    cls: Schedule,
-    T: int = 500, # number of times
-    beta_1: float | None = None, # first beta; by default 0.1 / T
-    beta_T: float | None = None, # last beta; by default 20 / T
-) -> Schedule:
-    """beta rises along a straight line (DDPM, section 4). The defaults are DDPM's own 1e-4 and 0.02 when T = 1000, and scale
-    as 1000 / T, so that x_T is equally noisy for any T. Raises ValueError unless every beta lies between 0 and 1; warns when
-    betas of your own leave more than a tenth of the signal at time T."""
-    guards.whole("T", T)
-    own = beta_1 is not None or beta_T is not None
-    beta_1 = min(0.1 / T, 0.5) if beta_1 is None else beta_1
-    beta_T = min(20 / T, 0.5) if beta_T is None else beta_T
-    guards.between_0_and_1(beta_1=beta_1, beta_T=beta_T)
-    schedule = _from_betas(torch.linspace(beta_1, beta_T, T, dtype=torch.float64))
-    if own: guards.warn_of_signal(f"Schedule.linear({T}, {beta_1:g}, {beta_T:g})", schedule.alpha_bar[-1].sqrt(), f"Schedule.linear({T})")
-    return schedule
-
-@patch(cls_method=True)
-def cosine(
-    cls: Schedule,
-    T: int = 500, # number of times
-    s: float = 0.008, # keeps the first betas from being too small
-    beta_max: float = 0.999, # keeps the last beta below 1
-) -> Schedule:
-    "alpha_bar falls along a squared cosine (Nichol & Dhariwal, 2102.09672, equation 17). Raises ValueError for a bad T."
-    guards.whole("T", T)
-    # f(t) = cos²((t/T + s) / (1 + s) · π/2),  beta_t = 1 - f(t) / f(t-1)
-    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s) * torch.pi / 2) ** 2
-    return _from_betas((1 - f[1:] / f[:-1]).clamp(max=beta_max))
-
 # %% ../nbs/L1_Sampling.ipynb #b0a4c1d2
+#| code-fold: true
+#| code-summary: "The form of the package: shifted"
 @patch
 def shifted(
     self: Schedule,
     factor: float, # on the noise level: side / 16 for larger pictures
 ) -> Schedule:
-    """The same times with `factor` times the noise level (2301.11093, section 3.1; 2301.10972). Raises ValueError unless the factor
-    is a finite number above 0."""
-    guards.number("factor", factor, "a finite number above 0, such as side / 16", low=1e-6)
+    """The same times with `factor` times the noise level (2301.11093, section 3.1;
+    2301.10972). Raises ValueError unless the factor is a finite number above 0."""
+    guards.number("factor", factor, "a finite number above 0, such as side / 16", 1e-6)
     # sigma' = factor sigma, so alpha_bar' = alpha_bar / (alpha_bar + factor² (1 - alpha_bar))
-    return Schedule(self.alpha_bar / (self.alpha_bar + factor**2 * (1 - self.alpha_bar)))
+    signal, noise = self.alpha_bar, 1 - self.alpha_bar
+    return Schedule(signal / (signal + factor**2 * noise))
 
 # %% ../nbs/L1_Sampling.ipynb #32c0ba0e
+#| code-fold: true
+#| code-summary: "The form of the package: timesteps"
 @patch
 def timesteps(
     self: Schedule,
@@ -121,38 +141,41 @@ def timesteps(
 ) -> list[int]:
     """The n+1 times that a sampler visits, strictly falling from T to 0, for any n from 1 to T.
 
-    "trailing" is the spacing of Lin et al. (2305.08891, section 3.3); "quadratic" is that of the DDIM paper (2010.02502, appendix D.2).
-    Raises ValueError for other n or another spacing."""
+    "trailing" is the spacing of Lin et al. (2305.08891, section 3.3), "quadratic" that of
+    the DDIM paper (2010.02502, appendix D.2). Raises ValueError for other n or spacing."""
     T = self.T
     guards.whole("steps n", n, 1, T, "T=")
     guards.one_of("spacing", spacing, ("trailing", "quadratic"))
-    # trailing: t_k = round(T·k/n), in whole numbers, because floating point may round a time the wrong way
+    # t_k = round(T·k/n) or round(T·(k/n)²), in whole numbers: floats may round the wrong way
     if spacing == "trailing": rising = [(2 * T * k + n) // (2 * n) for k in range(n + 1)]
-    # quadratic: t_k = round(T·(k/n)²), pushed up where two times would coincide
-    else:
-        rising = [0]
-        for k in range(1, n + 1): rising.append(max((2 * T * k * k + n * n) // (2 * n * n), rising[-1] + 1))
+    else: rising = [(2 * T * k * k + n * n) // (2 * n * n) for k in range(n + 1)]
+    for k in range(1, n + 1): rising[k] = max(rising[k], rising[k - 1] + 1) # never twice
     return rising[::-1]
 
 # %% ../nbs/L1_Sampling.ipynb #8a736cfb
+#| code-fold: true
+#| code-summary: "The form of the package: at"
 def at(
     values: Tensor, # (T+1,), one value per time; on the CPU
     t: int | Tensor, # a time, or int (n,): one time per image
     like: Tensor, # (n, …): the images that the values will multiply
     first: int = 0, # smallest time allowed
 ) -> Tensor: # float64, () for an int t and (n, 1, 1, …) for times (n,); on the CPU
-    "`values[t]`, shaped to multiply a batch. Times outside first … T raise ValueError, times that are not whole TypeError: nothing wraps."
+    """`values[t]`, shaped to multiply a batch. Times outside first … T raise ValueError, times
+    that are not whole TypeError: nothing wraps."""
     value = values[guards.times(t, like, len(values) - 1, first)]
     return value.view(-1, *[1] * (like.ndim - 1)) if value.ndim else value
 
-def _ready(like, *coefficients): # to multiply `like`. They are computed in float64 and cast last, dtype first: some devices have no float64
+def _ready(like, *coefficients): # to multiply `like`: float64 until now, cast before they move
     rows = torch.stack(torch.broadcast_tensors(*coefficients)).to(guards.floats(like).dtype)
-    # one value per image: all in one transfer. Single numbers stay on the CPU, from where they can multiply tensors of any device
+    # one value per image: all in one transfer; single numbers multiply any device from the CPU
     return (send(rows, like.device) if rows.ndim > 1 else rows).unbind()
 
 # %% ../nbs/L1_Sampling.ipynb #5f4c2a81
+#| code-fold: true
+#| code-summary: "The form of the package: Prediction, and three ways to it"
 class Prediction(NamedTuple):
-    "What a network says about x_t, both ways round: x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps always holds."
+    "What a network says: x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps always holds."
     x0: Tensor # the clean image
     eps: Tensor # the noise
 
@@ -160,42 +183,46 @@ def signal_and_noise(
     t: int | Tensor, # a time, or int (n,): one time per image
     xt: Tensor, # (n, …)
     schedule: Schedule,
-    first: int = 0, # smallest time allowed: 1 for a prediction, because at t = 0 no noise is left to predict
-) -> tuple[Tensor, Tensor]: # sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), ready to multiply xt
+    first: int = 0, # smallest time allowed: 1 for a prediction, because x_0 holds no noise
+) -> tuple[Tensor, Tensor]: # sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), to multiply xt
     "How much signal and how much noise x_t holds. Raises ValueError for times outside first … T."
     ab = at(schedule.alpha_bar, t, xt, first)
     return _ready(xt, ab.sqrt(), (1 - ab).sqrt())
 
 def prediction_from_eps(eps, xt, t, schedule) -> Prediction:
-    "The pair (x0, eps) from the noise (DDPM, equation 15). Raises ValueError where the schedule leaves no signal."
+    "The pair from the noise (DDPM, equation 15). Raises ValueError where no signal is left."
     signal, noise = signal_and_noise(t, xt, schedule, first=1)
     # x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
     return Prediction((xt - noise * eps) / guards.signal_left(signal), eps)
 
 def prediction_from_x0(x0, xt, t, schedule) -> Prediction:
-    "The pair (x0, eps) from the clean image."
+    "The pair from the clean image."
     signal, noise = signal_and_noise(t, xt, schedule, first=1)
     # eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)
     return Prediction(x0, (xt - signal * x0) / noise)
 
 def prediction_from_v(v, xt, t, schedule) -> Prediction:
-    "The pair (x0, eps) from v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans & Ho, 2202.00512, section 4)."
+    "The pair from v = signal eps - noise x_0 (Salimans & Ho, 2202.00512, section 4)."
     signal, noise = signal_and_noise(t, xt, schedule, first=1)
-    # x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v,   eps = sqrt(1 - alpha_bar_t) x_t + sqrt(alpha_bar_t) v
+    # x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
+    # eps = sqrt(1 - alpha_bar_t) x_t + sqrt(alpha_bar_t) v
     return Prediction(signal * xt - noise * v, noise * xt + signal * v)
 
 PREDICTIONS = {"eps": prediction_from_eps, "x0": prediction_from_x0, "v": prediction_from_v}
 
 # %% ../nbs/L1_Sampling.ipynb #e21d8e19
+#| code-fold: true
+#| code-summary: "The form of the package: predictor and clipped"
 def wrapping(
     predict: Callable, # a new predict(xt, t) -> Prediction
     again: Callable, # again(*others) -> the same wrapper around other predictions
     *inside: Callable, # the predictions that it wraps
 ) -> Callable: # `predict`
-    """Hand on what `sample` asks of a prediction: `predict.net`, the network behind it, and `predict.part(rows, n)`, the same prediction
-    for these rows of n samples."""
+    """Hand on what `sample` asks of a prediction: `predict.net`, the network behind it, and
+    `predict.part(rows, n)`, the same prediction for these rows of n samples."""
     predict.net = next((p.net for p in inside if hasattr(p, "net")), None)
-    if all(hasattr(p, "part") for p in inside): predict.part = lambda rows, n: again(*(p.part(rows, n) for p in inside))
+    if all(hasattr(p, "part") for p in inside):
+        predict.part = lambda rows, n: again(*(p.part(rows, n) for p in inside))
     return predict
 
 def _home(predict, default): # the device of the network behind `predict`
@@ -207,25 +234,33 @@ def predictor(
     net: nn.Module, # called as net(xt, t) or net(xt, t, context)
     schedule: Schedule,
     context: Tensor | None = None, # (n, n_context), or (1, n_context) for all samples alike
-    kind: str | None = None, # what the network predicts: "eps", "x0" or "v"; by default `net.predicts`
+    kind: str | None = None, # it predicts "eps", "x0" or "v"; by default `net.predicts`
 ) -> Callable: # predict(xt, t) -> Prediction
-    """Wrap a network as `predict(xt, t) -> Prediction`, the only thing that a sampler needs. The network is asked on the device where it
-    is, and the answer comes back to where `xt` is. Raises ValueError for an unknown kind or a context of another batch size."""
-    kind = guards.one_of("kind", getattr(net, "predicts", "eps") if kind is None else kind, PREDICTIONS)
+    """Wrap a network as `predict(xt, t) -> Prediction`, the only thing that a sampler needs.
+    The network is asked on the device where it is, and the answer comes back to where `xt` is.
+    Raises ValueError for an unknown kind or a context of another batch size."""
+    kind = getattr(net, "predicts", "eps") if kind is None else kind
+    read = PREDICTIONS[guards.one_of("kind", kind, PREDICTIONS)]
 
     def predict(xt, t):
-        at(schedule.alpha_bar, t, xt, first=1) # a time that does not exist is refused before the network sees it
+        guards.times(t, xt, schedule.T, first=1) # before the network sees it
         x = xt.to(_home(predict, xt.device))
-        inputs = [x, send(t, x.device) if isinstance(t, Tensor) and t.ndim else torch.full((len(x),), int(t), device=x.device)]
-        if context is not None: inputs.append(send(guards.context_rows(context, len(x)).to(x.dtype), x.device).expand(len(x), -1))
-        output = guards.shaped("the network's answer", net(*inputs).to(xt.device), xt.shape)
-        return PREDICTIONS[kind](output, xt, t, schedule)
+        one_each = isinstance(t, Tensor) and t.ndim
+        times = send(t, x.device) if one_each else torch.full((len(x),), int(t), device=x.device)
+        output = net(x, times) if context is None else net(x, times, _rows(context, x))
+        output = guards.shaped("the network's answer", output.to(xt.device), xt.shape)
+        return read(output, xt, t, schedule)
 
     def part(rows, n):
-        if context is not None: guards.context_rows(context, n)
-        return predictor(net, schedule, context if context is None or len(context) == 1 else context[rows], kind)
+        own = context
+        if context is not None and len(guards.context_rows(context, n)) > 1: own = context[rows]
+        return predictor(net, schedule, own, kind)
     predict.net, predict.part = net, part
     return predict
+
+def _rows(context, x): # one for each image, beside the images
+    rows = guards.context_rows(context, len(x)).to(x.dtype)
+    return send(rows, x.device).expand(len(x), -1)
 
 def clipped(
     predict: Callable, # predict(xt, t) -> Prediction
@@ -233,8 +268,9 @@ def clipped(
     low: float = -1, # smallest pixel value
     high: float = 1, # largest pixel value
 ) -> Callable: # predict(xt, t) -> Prediction
-    "`predict` with x0 held inside the range of images, and eps derived again so that the pair stays consistent."
-    def clip(xt, t): return prediction_from_x0(predict(xt, t).x0.clamp(low, high), xt, t, schedule)
+    "`predict` with x0 held inside the range of images, and eps derived again to fit it."
+    def clip(xt, t):
+        return prediction_from_x0(predict(xt, t).x0.clamp(low, high), xt, t, schedule)
     return wrapping(clip, lambda other: clipped(other, schedule, low, high), predict)
 
 # %% ../nbs/L1_Sampling.ipynb #e68e5252
@@ -245,16 +281,21 @@ def posterior(
     s: int | Tensor, # earlier time, 0 ≤ s < t
     schedule: Schedule,
 ) -> tuple[Tensor, Tensor]: # mean (n, …) and variance, () or (n, 1, …)
-    "Mean and variance of q(x_s | x_t, x_0) for any s < t: DDPM, equations 6 and 7, with t - 1 replaced by s. Raises ValueError unless 0 ≤ s < t ≤ T and for shapes that do not fit, TypeError for times that are not whole."
+    """Mean and variance of q(x_s | x_t, x_0) for any s < t: DDPM, equations 6 and 7, with
+    t - 1 replaced by s. Raises ValueError unless 0 ≤ s < t ≤ T and for shapes that do not fit,
+    TypeError for times that are not whole."""
     guards.shaped("x0", x0, xt.shape)
     ab_t, ab_s = at(schedule.alpha_bar, t, xt), at(schedule.alpha_bar, s, xt)
     guards.earlier(s, t, ab_s, ab_t)
     # alpha_{t|s} = alpha_bar_t / alpha_bar_s: the share of the signal that is kept from s to t
     alpha_ts = ab_t / ab_s
-    # mean = sqrt(alpha_bar_s) (1 - alpha_{t|s}) / (1 - alpha_bar_t) · x_0  +  sqrt(alpha_{t|s}) (1 - alpha_bar_s) / (1 - alpha_bar_t) · x_t
-    of_x0, of_xt = ab_s.sqrt() * (1 - alpha_ts) / (1 - ab_t), alpha_ts.sqrt() * (1 - ab_s) / (1 - ab_t)
+    # mean = sqrt(alpha_bar_s) (1 - alpha_{t|s}) / (1 - alpha_bar_t) · x_0
+    #      + sqrt(alpha_{t|s}) (1 - alpha_bar_s) / (1 - alpha_bar_t) · x_t
+    of_x0 = ab_s.sqrt() * (1 - alpha_ts) / (1 - ab_t)
+    of_xt = alpha_ts.sqrt() * (1 - ab_s) / (1 - ab_t)
     # variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) · (1 - alpha_{t|s})
-    of_x0, of_xt, var = _ready(xt, of_x0, of_xt, (1 - ab_s) / (1 - ab_t) * (1 - alpha_ts))
+    var = (1 - ab_s) / (1 - ab_t) * (1 - alpha_ts)
+    of_x0, of_xt, var = _ready(xt, of_x0, of_xt, var)
     return of_x0 * x0 + of_xt * xt, var
 
 # %% ../nbs/L1_Sampling.ipynb #c648609d
@@ -269,9 +310,10 @@ class Step(NamedTuple):
 
 def visited(
     schedule: Schedule,
-    ts: Sequence[int] | None = None, # strictly falling times that end at 0; by default T, T-1, …, 0
+    ts: Sequence[int] | None = None, # times that fall to 0; by default T, T-1, …, 0
 ) -> list[int]:
-    "The times that a sampler walks. Raises ValueError unless they fall strictly from at most T to 0, TypeError for times that are not whole."
+    """The times that a sampler walks. Raises ValueError unless they fall strictly from at
+    most T to 0, TypeError for times that are not whole."""
     return guards.falling_times(ts, schedule.T)
 
 @torch.no_grad()
@@ -283,7 +325,9 @@ def ddpm(
     *,
     noise: Callable = torch.randn_like, # noise(xt): fresh standard normal noise, shaped like xt
 ) -> Iterator[Step]:
-    "Remove the noise step by step: DDPM, algorithm 2, for any falling list of times. Yields every step; the last `xs` is the sample. Raises ValueError unless the times fall to 0, TypeError for times that are not whole."
+    """Remove the noise step by step: DDPM, algorithm 2, for any falling list of times. Yields
+    every step; the last `xs` is the sample. Raises ValueError unless the times fall to 0,
+    TypeError for times that are not whole."""
     xt = xT
     for i, (t, s) in enumerate(pairwise(visited(schedule, ts))):
         pred = predict(xt, t)
@@ -298,21 +342,27 @@ def ideal_predictor(
     images: Tensor, # (m, …) the whole data set
     schedule: Schedule,
 ) -> Callable: # predict(xt, t) -> Prediction
-    """The best prediction that exists when the data are exactly `images`: x0 is their mean, weighted by how likely each is to
-    have become x_t. No network can beat it, so lessons and tests measure samplers with it (EDM, 2206.00364, appendix B.3).
-    It is computed in float64 on the CPU, because some devices have no float64; the answer is where `xt` is."""
+    """The best prediction that exists when the data are exactly `images`: x0 is their mean,
+    weighted by how likely each is to have become x_t (EDM, 2206.00364, appendix B.3). It is
+    computed in float64 on the CPU, because some devices have none; the answer is where `xt`
+    is. Raises ValueError for images of another shape."""
     def predict(xt, t):
         guards.shaped("images", images, images.shape[:1] + xt.shape[1:])
-        x, data = xt.cpu().flatten(1).double(), images.to("cpu", xt.dtype).flatten(1).double()
+        x = xt.cpu().flatten(1).double()
+        data = images.to("cpu", xt.dtype).flatten(1).double()
         signal, noise = signal_and_noise(t, x, schedule, first=1)
-        # log w_i = -|x_t - sqrt(alpha_bar_t) x_i|² / (2 (1 - alpha_bar_t)) + constant; |x_t|² is the same for all i
+        # log w_i = -|x_t - sqrt(alpha_bar_t) x_i|² / (2 (1 - alpha_bar_t)), and |x_t|² is the
+        # same for all i
         overlap, size = x @ data.T, data.square().sum(1)
         weights = ((signal * overlap - signal**2 * size / 2) / noise**2).softmax(dim=1)
-        return prediction_from_x0((weights @ data).view(xt.shape).to(xt.dtype).to(xt.device), xt, t, schedule)
+        x0 = (weights @ data).view(xt.shape).to(xt.dtype).to(xt.device)
+        return prediction_from_x0(x0, xt, t, schedule)
     predict.part = lambda rows, n: predict # it treats all samples alike
     return predict
 
 # %% ../nbs/L1_Sampling.ipynb #df31df39
+#| code-fold: true
+#| code-summary: "The form of the package: sample"
 def sample(
     predict: Callable, # predict(xt, t) -> Prediction
     schedule: Schedule,
@@ -323,22 +373,24 @@ def sample(
     shape: tuple = (3, 16, 16), # of one sample
     seed: int = 0,
     device: str | torch.device | None = None, # by default that of the network behind `predict`
-    batch_size: int = 500, # samples that are drawn together: it bounds the memory, and changes no sample
+    batch_size: int = 500, # samples drawn together: bounds the memory, changes no sample
     progress: bool = False, # show a bar?
 ) -> Tensor: # (n, *shape)
-    """Noise, loop and last state in one call. A `predict` of your own (one that is not made by `predictor`, `clipped`, `guided` or
-    `wrapping`) is asked about all n samples together, on the CPU unless `device` says otherwise.
-
-    Raises ValueError or TypeError for bad arguments and FloatingPointError if the samples are not finite."""
+    """Noise, loop and last state in one call. A `predict` of your own (one that is not made by
+    `predictor`, `clipped`, `guided` or `wrapping`) is asked about all n samples together, on
+    the CPU unless `device` says otherwise. Raises ValueError or TypeError for bad arguments
+    and FloatingPointError if the samples are not finite."""
     indices, ts = guards.samples(n), schedule.timesteps(schedule.T if steps is None else steps)
-    guards.whole("batch_size", batch_size)
+    size, n = guards.whole("batch_size", batch_size), len(indices)
     device = _home(predict, "cpu") if device is None else device
-    batches = [slice(i, i + batch_size) for i in range(0, len(indices), batch_size)] if hasattr(predict, "part") else [slice(None)]
-    parts = [predict.part(rows, len(indices)) for rows in batches] if len(batches) > 1 else [predict] # contexts that do not fit are refused before any work
-    done = []
+    batches, parts, done = [slice(None)], [predict], []
+    if hasattr(predict, "part") and n > size:
+        batches = [slice(i, i + size) for i in range(0, n, size)]
+        parts = [predict.part(rows, n) for rows in batches] # refuses before any work
     with tqdm(total=len(parts) * (len(ts) - 1), disable=not progress, file=sys.stdout) as bar:
         for rows, ask in zip(batches, parts):
-            xT, noise = initial_noise(indices[rows], shape, seed=seed, device=device), per_sample_noise(seed, indices[rows])
+            xT = initial_noise(indices[rows], shape, seed=seed, device=device)
+            noise = per_sample_noise(seed, indices[rows])
             for step in sampler(ask, xT, schedule, ts, noise=noise): bar.update()
             done.append(guards.finite_samples(step.xs))
     return torch.cat(done)

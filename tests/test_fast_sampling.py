@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 from diffusion_course.context import guided
 from diffusion_course.fast_sampling import blended, ddim, ddim_sigma, dpmpp_2m, heun, invert, renoised
-from diffusion_course.sampling import (Prediction, Schedule, Step, clipped, ddpm, ideal_predictor, initial_noise, per_sample_noise, prediction_from_x0,
-                                       predictor, sample, visited)
+from diffusion_course.sampling import (PREDICTIONS, Prediction, Schedule, Step, clipped, ddpm, ideal_predictor, initial_noise, per_sample_noise,
+                                       prediction_from_x0, predictor, sample, visited)
 
 NS = (1, 2, 3, 7, 10, 13, 30, 33, 50, 60, 100, 499, 500)
 LINEAR, COSINE = Schedule.linear(500), Schedule.cosine(500)
@@ -249,3 +249,24 @@ def test_less_noise_than_eta_says_is_caught(monkeypatch):
     import diffusion_course.fast_sampling as module
     monkeypatch.setattr(module, "ddim_sigma", lambda t, s, schedule, eta=1.0: ddim_sigma(t, s, schedule, eta) ** 2)
     with pytest.raises(AssertionError, match="diffusers"): test_noisy_dpmpp_2m_is_diffusers(10)
+
+
+# --- a schedule that leaves no signal at all (zero terminal SNR, Lin and others, 2305.08891) --------------------------
+
+@pytest.mark.parametrize("sampler", [ddpm, ddim, partial(ddim, eta=1.0), heun, dpmpp_2m, partial(dpmpp_2m, eta=1.0)])
+@pytest.mark.parametrize("n", [1, 2, 7, 50])
+def test_no_signal_at_time_T(sampler, n):
+    schedule = Schedule(torch.linspace(1, 0, 51))
+    images = oracles.random_images(4, (3, 4, 4))
+    *_, step = sampler(ideal_predictor(images, schedule), initial_noise(8, (3, 4, 4)), schedule, schedule.timesteps(n), noise=per_sample_noise(0, 8))
+    distance, which = oracles.distance_to_nearest(step.xs, images)
+    assert step.xs.isfinite().all()
+    if n == 50: assert distance.max() < 1e-3 and len(which.unique()) > 1
+
+def test_noise_prediction_needs_signal():
+    schedule, x = Schedule([1, 0.5, 0]), torch.randn(2, 3)
+    for kind, read in PREDICTIONS.items():
+        if kind == "eps":
+            with pytest.raises(ValueError, match="predicts v or x0"): read(x, x, 2, schedule)
+            with pytest.raises(ValueError, match="predicts v or x0"): read(x, x, torch.tensor([1, 2]), schedule)
+        else: assert all(part.isfinite().all() for part in read(x, x, 2, schedule))
