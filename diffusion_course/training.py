@@ -35,19 +35,25 @@ from .sampling import PREDICTIONS, Schedule, signal_and_noise
 _all_ = ["TrainingState", "check_range", "shuffled_batches"]
 
 # %% ../nbs/L2_Training.ipynb #fbcddeb3
+#| code-fold: true
+#| code-summary: "The form of the package: add_noise"
 def add_noise(
     x0: Tensor, # (n, …) clean images
     t: int | Tensor, # a time, or int (n,): one time per image
     eps: Tensor, # (n, …) standard normal noise
     schedule: Schedule,
 ) -> Tensor: # (n, …) x_t
-    "Jump from clean images to time t at once: a draw of q(x_t | x_0) (DDPM, equation 4). Raises ValueError for times outside 0 … T or noise of another shape, TypeError for times that are not whole, images that are not floats and noise of another dtype."
+    """Jump from clean images to time t: a draw of q(x_t | x_0) (DDPM, equation 4). Raises
+    ValueError for times outside 0 … T or noise of another shape, TypeError for times that are
+    not whole, images that are not floats and noise of another dtype."""
     guards.noise_like(eps, x0)
     signal, noise = signal_and_noise(t, x0, schedule)
     # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
     return signal * x0 + noise * eps
 
 # %% ../nbs/L2_Training.ipynb #4f8c8a8c
+#| code-fold: true
+#| code-summary: "The form of the package: prediction_target"
 def prediction_target(
     kind: str, # "eps", "x0" or "v"
     x0: Tensor, # (n, …) clean images
@@ -55,7 +61,8 @@ def prediction_target(
     t: Tensor, # int (n,)
     schedule: Schedule,
 ) -> Tensor: # (n, …)
-    "What a network of this kind should answer. v is that of Salimans & Ho (2202.00512, section 4). Raises ValueError for another kind."
+    """What a network of this kind should answer. v is that of Salimans & Ho (2202.00512,
+    section 4). Raises ValueError for another kind."""
     guards.one_of("kind", kind, PREDICTIONS)
     if kind == "eps": return eps
     if kind == "x0": return x0
@@ -63,16 +70,32 @@ def prediction_target(
     # v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
     return signal * eps - noise * x0
 
-def uniform_times(n: int, T: int, generator: torch.Generator | None = None) -> Tensor: # int (n,)
+# %% ../nbs/L2_Training.ipynb #94a1dc32
+#| code-fold: true
+#| code-summary: "The form of the package: uniform_times and middle_times"
+def uniform_times(
+    n: int, # how many
+    T: int,
+    generator: torch.Generator | None = None,
+) -> Tensor: # int (n,)
     "Every time 1 … T is equally likely (DDPM, algorithm 1)."
     return torch.randint(1, T + 1, (n,), generator=generator)
 
-def middle_times(n: int, T: int, generator: torch.Generator | None = None, width: float = 1.0) -> Tensor: # int (n,)
-    "Times 1 … T around the middle: logit-normal (Esser and others, 2403.03206, section 3.1). A larger width reaches further to both ends."
+def middle_times(
+    n: int, # how many
+    T: int,
+    generator: torch.Generator | None = None,
+    width: float = 1.0,
+) -> Tensor: # int (n,)
+    """Times 1 … T around the middle: logit-normal (Esser and others, 2403.03206, section 3.1).
+    A larger width reaches further to both ends."""
     # t / T = sigmoid(width z), z ~ N(0, 1)
     share = (width * torch.randn(n, generator=generator)).sigmoid()
     return (share * T).long().clamp(max=T - 1) + 1
 
+# %% ../nbs/L2_Training.ipynb #00485c49
+#| code-fold: true
+#| code-summary: "The form of the package: prediction_loss"
 def prediction_loss(
     net: nn.Module, # called as net(xt, t, context)
     x0: Tensor, # (n, …) clean images
@@ -81,19 +104,21 @@ def prediction_loss(
     *,
     kind: str | None = None, # what the network predicts; by default `net.predicts`
     times: Callable = uniform_times, # times(n, T, generator) -> int (n,)
-    generator: torch.Generator | None = None, # a CPU generator: draws the times and the noise
+    generator: torch.Generator | None = None, # on the CPU: draws the times and the noise
 ) -> Tensor: # scalar
-    "Mean squared error of the prediction at random times, each image at its own: L_simple (DDPM, equation 14; algorithm 1)."
+    """Mean squared error of the prediction at random times, each image at its own: L_simple
+    (DDPM, equation 14; algorithm 1). Raises ValueError for an answer of another shape."""
     kind = getattr(net, "predicts", "eps") if kind is None else kind
     t = times(len(x0), schedule.T, generator) # stays on the CPU, where the schedule is
     eps = send(torch.randn(x0.shape, generator=generator).to(x0.dtype), x0.device)
     xt, t_net = add_noise(x0, t, eps, schedule), send(t, x0.device)
     output = net(xt, t_net) if context is None else net(xt, t_net, context)
     guards.shaped("the network's answer", output, x0.shape)
-    return F.mse_loss(output.to(x0.dtype), prediction_target(kind, x0, eps, t, schedule))
+    target = prediction_target(kind, x0, eps, t, schedule)
+    return F.mse_loss(output.to(x0.dtype), target)
 
 def noise_prediction_loss(net, x0, context, schedule, *, generator=None) -> Tensor: # scalar
-    "`prediction_loss` for a network that predicts the noise, whatever it says of itself: the loss of DDPM, algorithm 1."
+    "`prediction_loss` for a network that predicts the noise: DDPM, algorithm 1."
     return prediction_loss(net, x0, context, schedule, kind="eps", generator=generator)
 
 # %% ../nbs/L2_Training.ipynb #77ab982d
@@ -110,13 +135,16 @@ def warmup_then_decay(
 def ramped_average(
     decay: float = 0.995, # of the average, once it has warmed up
 ) -> Callable: # avg_fn for torch's AveragedModel
-    "Exponential moving average whose decay ramps up as (1 + k) / (10 + k), so that a short run is not held back by its random start."
+    """Exponential moving average whose decay rises as (1 + k) / (10 + k), so that a short run
+    is not held back by its random start."""
     def average(old, new, k):
         d = torch.clamp((1 + k) / (10 + k), max=decay)
         return d * old + (1 - d) * new
     return average
 
 # %% ../nbs/L2_Training.ipynb #746b8039
+#| code-fold: true
+#| code-summary: "The form of the package: what train yields"
 class TrainStep(NamedTuple):
     "What `train` yields after each optimiser step."
     step: int # steps done, from 1
@@ -132,6 +160,8 @@ class TrainingDiverged(FloatingPointError):
     "The loss or the gradient is no longer a finite number."
 
 # %% ../nbs/L2_Training.ipynb #ce71f415
+#| code-fold: true
+#| code-summary: "The form of the package: small helpers of train"
 def _checked(settings):
     for name in ("steps", "batch_size", "images"):
         if settings[name] < 1: raise ValueError(f"{name}={settings[name]}: expected at least 1")
@@ -141,12 +171,25 @@ def _images_and_context(batch): # a data set may hold images alone
     if isinstance(batch, Tensor): return batch, None
     return batch if len(batch) == 2 else (*batch, None)
 
+def _batches(data, crew, settings, first, device):
+    "This process's rows of each batch that is left, on the device."
+    n, size, steps, seed = (settings[k] for k in ("images", "batch_size", "steps", "seed"))
+    batches = shuffled_batches(n, size, steps, seed=seed, start=first)
+    rows = (batch[crew.own] for batch in batches)
+    for i, batch in enumerate(DataLoader(data, batch_sampler=rows, generator=seeded(seed))):
+        x0, context = _images_and_context(batch)
+        if i == 0: check_range(x0)
+        yield send(x0, device), context if context is None else send(context, device)
+
 def _check_finite(step, loss, norm, lr):
     if math.isfinite(loss + norm): return
-    raise TrainingDiverged(f"step {step}: the loss is {loss:.4g} and the norm of its gradient {norm:.4g}. The weights are those of step {step - 1}; "
-                           f"try a smaller lr than {lr:g}, float32 (autocast=False), or look for NaN in the data")
+    raise TrainingDiverged(f"step {step}: the loss is {loss:.4g} and the norm of its gradient "
+                           f"{norm:.4g}. The weights are those of step {step - 1}; try a smaller "
+                           f"lr than {lr:g}, float32 (autocast=False), or look for NaN in the data")
 
 # %% ../nbs/L2_Training.ipynb #be50f430
+#| code-fold: true
+#| code-summary: "The form of the package: train"
 def train(
     net: nn.Module, # trained in place
     data: Dataset, # of (image, context), or of images alone
@@ -155,21 +198,24 @@ def train(
     steps: int, # optimiser steps in the whole run
     batch_size: int = 64,
     lr: float = 3e-3, # largest learning rate
-    optimizer: Callable = adamw, # optimizer(net, lr) -> the optimisers that share its weights
-    loss: Callable = prediction_loss, # loss(net, x0, context, schedule, generator=…) -> scalar, a mean over the images
+    optimizer: Callable = adamw, # optimizer(net, lr) -> a list of optimisers
+    loss: Callable = prediction_loss, # loss(net, x0, context, schedule, generator=…) -> scalar
     ema: float = 0.995, # decay of the average of the weights
     clip: float = 1.0, # largest norm of the gradient
     seed: int = 0, # decides the order of the data, the times and the noise
     device: str | torch.device | None = None, # by default CUDA, else MPS, else the CPU
-    autocast: torch.dtype | bool | None = None, # by default bfloat16 where it is fast; False for float32
+    autocast: torch.dtype | bool | None = None, # by default bfloat16 where it is fast
     resume: TrainingState | None = None, # continue this run
 ) -> Iterator[TrainStep]:
-    """Train `net` and yield after each optimiser step; bars, plots, checkpoints and early stopping are the consumer's. A resumed run continues
-    to the bit on the same machine: data order and noise are functions of (seed, step). Several processes share the work (`crew`). Raises
-    TrainingDiverged when a loss or gradient is not finite, before it reaches the weights, ValueError for settings that make no sense,
-    for data of another kind, and for a `resume` of another run: other settings, network, data, schedule or loss, and ConnectionError
-    when one of several processes is lost."""
-    settings = _checked(dict(step=0, steps=steps, batch_size=batch_size, lr=lr, ema=ema, clip=clip, seed=seed, T=schedule.T, images=len(data)))
+    """Train `net` and yield after each optimiser step; bars, plots, checkpoints and early
+    stopping are the consumer's. A resumed run continues to the bit on the same machine: data
+    order and noise are functions of (seed, step). Several processes share the work (`crew`);
+    the loss must be a mean over the images. Raises TrainingDiverged when a loss or gradient is
+    not finite, before it reaches the weights, ValueError for settings that make no sense, for
+    data of another kind and for a `resume` of another run, and ConnectionError when one of
+    several processes is lost."""
+    settings = _checked(dict(step=0, steps=steps, batch_size=batch_size, lr=lr, ema=ema, clip=clip,
+                             seed=seed, T=schedule.T, images=len(data)))
     settings |= identity(net, data, schedule, loss) | dict(optimizer=described(optimizer))
     device = torch.device(device) if device else best_device()
     dtype = fast_dtype(device) if autocast in (None, True) else autocast or None
@@ -178,40 +224,42 @@ def train(
     optimizers = optimizer(net, lr)
     first = unpack(resume, settings, net, average, optimizers) if resume else 0
     largest = [(group, group["lr"]) for part in optimizers for group in part.param_groups]
-    with Crew(net, loss, {**settings, "step": first}) as crew: # this process alone, unless a launcher started several
-        rows = (batch[crew.own] for batch in shuffled_batches(len(data), batch_size, steps, seed=seed, start=first))
-        start = time.perf_counter()
-        for step, batch in enumerate(DataLoader(data, batch_sampler=rows, generator=seeded(seed)), first + 1):
-            x0, context = _images_and_context(batch)
-            if step == first + 1: check_range(x0)
+    with Crew(net, loss, {**settings, "step": first}) as crew: # alone, as a rule
+        start, batches = time.perf_counter(), _batches(data, crew, settings, first, device)
+        for step, (x0, context) in enumerate(batches, first + 1):
             factor = warmup_then_decay(step - 1, steps)
             for group, top in largest: group["lr"] = top * factor
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                value = crew.loss(send(x0, device), context if context is None else send(context, device), schedule, generator=seeded(seed, 1, step))
+                value = crew.loss(x0, context, schedule, generator=seeded(seed, 1, step))
             net.zero_grad()
             value.backward()
             norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
-            value, norm = crew.mean(torch.stack([value.detach().to(norm), norm])).cpu().tolist() # the only time that a step waits for the device
+            found = crew.mean(torch.stack([value.detach().to(norm), norm]))
+            value, norm = found.cpu().tolist() # the only time that a step waits for the device
             _check_finite(step, value, norm, lr)
             for part in optimizers: part.step()
             average.update_parameters(net)
             seconds = time.perf_counter() - start
             if crew.rank == 0:
-                yield TrainStep(step, value, lr * factor, seconds, (step - first) * batch_size / seconds, net, average.module,
-                                partial(pack, net, average, optimizers, {**settings, "step": step}))
+                state = partial(pack, net, average, optimizers, {**settings, "step": step})
+                yield TrainStep(step, value, lr * factor, seconds, (step - first) * batch_size / seconds,
+                                net, average.module, state)
             crew.go_on()
 
 # %% ../nbs/L2_Training.ipynb #231b17c5
+#| code-fold: true
+#| code-summary: "The form of the package: progress"
 def progress(
     loop: Iterator[TrainStep], # what `train` yields
     steps: int, # in the whole run
 ) -> Iterator[TrainStep]:
-    "The same steps, with a bar that shows the loss (smoothed), the images per second and the time left."
+    "The same steps, with a bar: the loss (smoothed), the images per second, the time left."
     loop, smooth = iter(loop), None
     first = next(loop, None) # among several processes the helpers end here, and show no bar
     with tqdm(total=steps, file=sys.stdout, unit="step", mininterval=0.5, disable=first is None) as bar:
         for step in chain([first] if first else [], loop):
             smooth = step.loss if smooth is None else 0.98 * smooth + 0.02 * step.loss
             bar.update(step.step - bar.n)
-            bar.set_postfix(loss=f"{smooth:.4f}", images_per_s=f"{step.images_per_second:.0f}", refresh=False)
+            rate = f"{step.images_per_second:.0f}"
+            bar.set_postfix(loss=f"{smooth:.4f}", images_per_s=rate, refresh=False)
             yield step
