@@ -22,7 +22,8 @@ from torch import Tensor
 # %% ../nbs/toolkit/check.ipynb #e39e89a3
 @dataclass(frozen=True, repr=False)
 class Result:
-    "What a checker found. It shows as its message, and is true if the answer is correct."
+    """What a checker found. It shows as its message, and is true if the answer is
+    correct."""
     ok: bool # is the answer correct?
     message: str # one friendly line, "correct: …" or "not yet: …"
 
@@ -30,7 +31,8 @@ class Result:
     def __repr__(self): return self.message
 
 class NotYet(Exception):
-    "Raised inside a checker with the reason why an answer is not right yet; the learner reads it in a `Result`."
+    """Raised inside a checker with the reason why an answer is not right yet; the
+    learner reads it in a `Result`."""
 
 def demand(condition, reason: str):
     "Raise NotYet(reason) unless the condition holds."
@@ -40,7 +42,8 @@ def demand(condition, reason: str):
 def checker(
     check: Callable, # check(answer) -> an insight; raises NotYet with the reason if the answer is wrong
 ) -> Callable: # check(answer) -> Result
-    "Make `check` return a `Result`, raise nothing for a wrong answer, and leave the global random state alone."
+    """Make `check` return a `Result`, raise nothing for a wrong answer, and leave the
+    global random state alone."""
     @wraps(check)
     def checked(answer: Callable) -> Result:
         python, numpy = random.getstate(), np.random.get_state()
@@ -56,7 +59,8 @@ def checker(
 UNSOLVED = "nothing came back. Write your code in place of the ..., end it with return, and run the cell again."
 
 def call(answer: Callable, *args):
-    "What the learner's function returns. Raises NotYet, in one line, if it raises, returns nothing, or is no function."
+    """What the learner's function returns. Raises NotYet, in one line, if it raises,
+    returns nothing, or is no function."""
     demand(callable(answer), f"this is {kind(answer)}. Hand over the function itself, without brackets behind it.")
     try: value = answer(*args)
     except NotYet: raise
@@ -82,7 +86,8 @@ def numbers(value): # a tensor, or None
     except (TypeError, ValueError, RuntimeError, OverflowError): return None
 
 def mismatch(got, expected, name="your answer"):
-    "Why `got` is not `expected`, in words, or None if it is. A named tuple is compared field by field."
+    """Why `got` is not `expected`, in words, or None if it is. A named tuple is
+    compared field by field."""
     if isinstance(expected, tuple):
         names = getattr(expected, "_fields", [f"value {i}" for i in range(len(expected))])
         if not isinstance(got, (tuple, list)) or len(got) != len(names):
@@ -120,7 +125,8 @@ def compare(
     mistakes: dict[str, Callable], # what to say -> the wrong function about which to say it
     hint: str, # what to say about any other mistake
 ):
-    "Raise NotYet with the best reason at hand unless `answer` and `truth` agree on CASES random inputs."
+    """Raise NotYet with the best reason at hand unless `answer` and `truth` agree on
+    CASES random inputs."""
     seed = CASES * next(_calls)
     def outcomes(f): return [outcome(f, inputs(k, torch.Generator().manual_seed(seed + k))) for k in range(CASES)]
     def agree(a, b): return all(map(same, a, b))

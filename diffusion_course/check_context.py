@@ -18,7 +18,8 @@ from .sampling import Schedule, posterior
 # %% ../nbs/toolkit/check_context.ipynb #0ac769be
 @checker
 def one_hot(answer: Callable) -> Result:
-    "Lesson 3, exercise 1: answer(labels, n_classes) -> float (n, n_classes), 1 in the column of the class. labels: int64 (n,)."
+    """Lesson 3, exercise 1: answer(labels, n_classes) -> float (n, n_classes), 1 in the
+    column of the class. labels: int64 (n,)."""
     def inputs(k, g): return torch.randint(k + 2, (k + 3,), generator=g), k + 2
     def hot(labels, n): return torch.eye(n)[labels]
     value = call(answer, torch.tensor([2, 0]), 3)
@@ -37,7 +38,8 @@ def one_hot(answer: Callable) -> Result:
 # %% ../nbs/toolkit/check_context.ipynb #1998ff70
 @checker
 def drop_context(answer: Callable) -> Result:
-    "Lesson 3, exercise 2: answer(context, u, p) -> (n, k): row i is zero where u[i] < p. context: float (n, k); u: (n,), uniform in 0 … 1."
+    """Lesson 3, exercise 2: answer(context, u, p) -> (n, k): row i is zero where u[i] <
+    p. context: float (n, k); u: (n,), uniform in 0 … 1."""
     def inputs(k, g):
         context = torch.eye(5)[torch.randint(5, (12,), generator=g)] + torch.eye(5)[torch.randint(5, (12,), generator=g)]
         return context, torch.rand(12, generator=g), (0.3, 0.1, 0.5, 0.7, 0.2, 0.6, 0.4, 0.25)[k]
@@ -61,7 +63,8 @@ def drop_context(answer: Callable) -> Result:
 # %% ../nbs/toolkit/check_context.ipynb #2ff473e0
 @checker
 def guided(answer: Callable) -> Result:
-    "Lesson 3, exercise 3: answer(cond, uncond, scale) -> the guided prediction; 1 = conditional, 0 = unconditional. Images are (n, 3, 4, 4)."
+    """Lesson 3, exercise 3: answer(cond, uncond, scale) -> the guided prediction; 1 =
+    conditional, 0 = unconditional. Images are (n, 3, 4, 4)."""
     def inputs(k, g): return *torch.randn(2, k + 1, 3, 4, 4, generator=g), (2.0, 0.0, 1.0, 3.5, 0.5, 7.0, 1.5, 4.0)[k]
     def towards(w): return lambda cond, uncond, scale: uncond + w(scale) * (cond - uncond)
     compare(answer, towards(lambda scale: scale), inputs, {
@@ -80,7 +83,8 @@ _Pair = namedtuple("Pair", "x0 eps")
 
 @checker
 def clipped_pair(answer: Callable) -> Result:
-    "Lesson 3, exercise 4: answer(x0, xt, alpha_bar_t) -> (x0, eps): x0 held in -1 … 1, and the eps that belongs to it. Images are (n, 3, 4, 4)."
+    """Lesson 3, exercise 4: answer(x0, xt, alpha_bar_t) -> (x0, eps): x0 held in -1 …
+    1, and the eps that belongs to it. Images are (n, 3, 4, 4)."""
     ab = Schedule.linear().alpha_bar
     def inputs(k, g): return *1.5 * torch.randn(2, k + 1, 3, 4, 4, generator=g), ab[torch.randint(20, 480, (), generator=g)]
     def eps(x0, xt, ab): return (xt - ab.sqrt() * x0) / (1 - ab).sqrt()
@@ -110,7 +114,9 @@ def _guided_walk(combine=lambda cond, uncond, scale: uncond + scale * (cond - un
 
 @checker
 def guided_sampler(answer: Callable) -> Result:
-    "Lesson 3, exercise 5: answer(ask, context, scale, xT, schedule, noise) -> samples; ask(x, t, context) is the predicted x0, noise(x) is called once in each step."
+    """Lesson 3, exercise 5: answer(ask, context, scale, xT, schedule, noise) ->
+    samples; ask(x, t, context) is the predicted x0, noise(x) is called once in each
+    step."""
     def inputs(k, g):
         schedule, weights = Schedule.cosine(8 + k), torch.randn(5, 4, generator=g)
         def ask(x, t, context): return torch.tanh(0.5 * x + (context.float() @ weights).view(-1, 1, 2, 2) + t / schedule.T)

@@ -17,7 +17,8 @@ from .sampling import Schedule, ideal_predictor, posterior, prediction_from_x0, 
 # %% ../nbs/toolkit/check_fast.ipynb #07d68521
 @checker
 def ddim_step(answer: Callable) -> Result:
-    "Lesson 4, exercise 1: answer(xt, eps, alpha_bar_t, alpha_bar_s) -> x_s, without fresh noise. Images are (n, 3, 8, 8), the alpha_bars numbers."
+    """Lesson 4, exercise 1: answer(xt, eps, alpha_bar_t, alpha_bar_s) -> x_s, without
+    fresh noise. Images are (n, 3, 8, 8), the alpha_bars numbers."""
     ab = Schedule.linear().alpha_bar
     def inputs(k, g):
         s, gap = (int(torch.randint(1, 250, (), generator=g)) for _ in range(2))
@@ -43,7 +44,8 @@ def ddim_step(answer: Callable) -> Result:
 # %% ../nbs/toolkit/check_fast.ipynb #2f4ac66a
 @checker
 def sigma(answer: Callable) -> Result:
-    "Lesson 4, exercise 2: answer(alpha_bar_t, alpha_bar_s, eta) -> the standard deviation of the fresh noise of a step from t to s, a number."
+    """Lesson 4, exercise 2: answer(alpha_bar_t, alpha_bar_s, eta) -> the standard
+    deviation of the fresh noise of a step from t to s, a number."""
     ab = Schedule.linear().alpha_bar
     def inputs(k, g):
         s, gap = (int(torch.randint(1, 250, (), generator=g)) for _ in range(2))
@@ -64,7 +66,8 @@ def sigma(answer: Callable) -> Result:
 # %% ../nbs/toolkit/check_fast.ipynb #2d5a8e87
 @checker
 def noisy_step(answer: Callable) -> Result:
-    "Lesson 4, exercise 3: answer(x0, eps, z, alpha_bar_s, sigma) -> x_s with fresh noise z. Images are (n, 3, 8, 8)."
+    """Lesson 4, exercise 3: answer(x0, eps, z, alpha_bar_s, sigma) -> x_s with fresh
+    noise z. Images are (n, 3, 8, 8)."""
     def inputs(k, g):
         ab_s = 0.1 + 0.8 * torch.rand((), generator=g, dtype=torch.float64)
         return *torch.randn(3, k + 1, 3, 8, 8, generator=g), ab_s, (0.2 + 0.6 * torch.rand((), generator=g)) * (1 - ab_s).sqrt()
@@ -83,7 +86,8 @@ def noisy_step(answer: Callable) -> Result:
 # %% ../nbs/toolkit/check_fast.ipynb #a380a7e8
 @checker
 def look_ahead(answer: Callable) -> Result:
-    "Lesson 4, exercise 4: answer(x0, x0_before, h, h_before) -> the extrapolated x0 of DPM-Solver++(2M). Images are (n, 3, 8, 8), steps are numbers."
+    """Lesson 4, exercise 4: answer(x0, x0_before, h, h_before) -> the extrapolated x0
+    of DPM-Solver++(2M). Images are (n, 3, 8, 8), steps are numbers."""
     def inputs(k, g): return *torch.randn(2, k + 1, 3, 8, 8, generator=g), *(0.2 + 2 * torch.rand(2, generator=g)).tolist()
     def ahead(factor): return lambda x0, before, h, h_before: x0 + factor(h, h_before) * (x0 - before)
     compare(answer, ahead(lambda h, h_before: h / (2 * h_before)), inputs, {
@@ -99,7 +103,8 @@ def look_ahead(answer: Callable) -> Result:
 
 # %% ../nbs/toolkit/check_fast.ipynb #ab9d404a
 def _walk(pairs=lambda T, n: pairwise(Schedule.linear(T).timesteps(n)), step=None, stale=False):
-    "A sampler in n steps, with the parts that people get wrong as arguments; a negative time wraps, as an index does."
+    """A sampler in n steps, with the parts that people get wrong as arguments; a
+    negative time wraps, as an index does."""
     def walk(predict, xT, schedule, n):
         x = xT
         for t, s in pairs(schedule.T, n):
@@ -112,7 +117,8 @@ def _strides(T, n): return [(t, t - T // n) for t in range(T, 0, -(T // n))]
 
 @checker
 def fast_sampler(answer: Callable) -> Result:
-    "Lesson 4, exercise 5: answer(predict, xT, schedule, n) -> samples, by DDIM without fresh noise along schedule.timesteps(n)."
+    """Lesson 4, exercise 5: answer(predict, xT, schedule, n) -> samples, by DDIM
+    without fresh noise along schedule.timesteps(n)."""
     images = torch.eye(4).view(4, 1, 2, 2) * 2 - 1
     def inputs(k, g):
         schedule = Schedule.linear(50)

@@ -42,7 +42,8 @@ def alpha_bar(answer: Callable) -> Result:
 # %% ../nbs/toolkit/check_sampling.ipynb #fedc24f0
 @checker
 def x0_from_eps(answer: Callable) -> Result:
-    "Lesson 1, exercise 2: answer(xt, eps, alpha_bar_t) -> x0. Images are (n, 3, 8, 8), alpha_bar_t is one number."
+    """Lesson 1, exercise 2: answer(xt, eps, alpha_bar_t) -> x0. Images are (n, 3, 8,
+    8), alpha_bar_t is one number."""
     ab = Schedule.linear().alpha_bar
     def inputs(k, g): return *torch.randn(2, k + 1, 3, 8, 8, generator=g), ab[torch.randint(1, 501, (), generator=g)]
     def x0(xt, eps, ab): return (xt - (1 - ab).sqrt() * eps) / ab.sqrt()
@@ -64,7 +65,8 @@ def x0_from_eps(answer: Callable) -> Result:
 # %% ../nbs/toolkit/check_sampling.ipynb #d777500e
 @checker
 def times(answer: Callable) -> Result:
-    "Lesson 1, exercise 3: answer(T, n) -> n+1 whole numbers from T to 0, about equally far apart, rounded in any way."
+    """Lesson 1, exercise 3: answer(T, n) -> n+1 whole numbers from T to 0, about
+    equally far apart, rounded in any way."""
     g = fresh_generator()
     drawn = torch.randint(20, 1000, (CASES,), generator=g).tolist()
     for T, n in [(500, 20), (500, 30), (10, 10), (7, 1), *((T, 1 + int(torch.randint(T, (), generator=g))) for T in drawn)]:
@@ -88,7 +90,8 @@ _Gaussian = namedtuple("Gaussian", "mean variance")
 
 @checker
 def posterior(answer: Callable) -> Result:
-    "Lesson 1, exercise 4: answer(x0, xt, t, s, schedule) -> (mean, variance) of q(x_s | x_t, x_0), for any s < t."
+    """Lesson 1, exercise 4: answer(x0, xt, t, s, schedule) -> (mean, variance) of q(x_s
+    | x_t, x_0), for any s < t."""
     schedule = Schedule.linear(100)
     def inputs(k, g): # s = 0 in the first case; one step in the first two
         s = 0 if k == 0 else int(torch.randint(1, 60, (), generator=g))
@@ -129,7 +132,8 @@ def _loop(add=lambda mean, var, z, beta, end: mean + var.sqrt() * z, redraw=True
 
 @checker
 def ddpm(answer: Callable) -> Result:
-    "Lesson 1, exercise 5: answer(predict, xT, schedule, noise) -> samples; noise(x) is called once in each step."
+    """Lesson 1, exercise 5: answer(predict, xT, schedule, noise) -> samples; noise(x)
+    is called once in each step."""
     images = torch.eye(4).view(4, 1, 2, 2) * 2 - 1
     def inputs(k, g):
         schedule = Schedule.cosine(12 + k)

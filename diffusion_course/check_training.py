@@ -20,7 +20,8 @@ from .sampling import Schedule
 # %% ../nbs/toolkit/check_training.ipynb #eb134d30
 @checker
 def add_noise(answer: Callable) -> Result:
-    "Lesson 2, exercise 1: answer(x0, t, eps, schedule) -> xt. Images are (n, 3, h, w), t is (n,), whole numbers."
+    """Lesson 2, exercise 1: answer(x0, t, eps, schedule) -> xt. Images are (n, 3, h,
+    w), t is (n,), whole numbers."""
     schedule = Schedule.linear()
     def inputs(k, g):
         n, size = (16, 16) if k == 0 else (k, 8)
@@ -51,7 +52,8 @@ def add_noise(answer: Callable) -> Result:
 # %% ../nbs/toolkit/check_training.ipynb #6722b860
 @checker
 def learning_rate(answer: Callable) -> Result:
-    "Lesson 2, exercise 2: answer(step, steps, warmup) -> the factor on the learning rate; step is 0 … steps - 1."
+    """Lesson 2, exercise 2: answer(step, steps, warmup) -> the factor on the learning
+    rate; step is 0 … steps - 1."""
     def inputs(k, g):
         steps, warmup = (int(torch.randint(low, high, (), generator=g)) for low, high in ((60, 200), (5, 30)))
         return (0, 1, warmup - 1, warmup, warmup + 1, steps // 2, steps - warmup, steps - 1)[k], steps, warmup
@@ -76,7 +78,8 @@ def learning_rate(answer: Callable) -> Result:
 # %% ../nbs/toolkit/check_training.ipynb #c8bdba0f
 @checker
 def moving_average(answer: Callable) -> Result:
-    "Lesson 2, exercise 3: answer(old, new, k, decay) -> the new average, after k = 0, 1, … earlier updates."
+    """Lesson 2, exercise 3: answer(old, new, k, decay) -> the new average, after k = 0,
+    1, … earlier updates."""
     def inputs(k, g):
         return *torch.randn(2, k + 1, 3, generator=g), (0, 3, 20, 80, 200, 900, 5000, 1)[k], (0.995, 0.95)[k % 2]
     def average(d, weights=lambda d: (d, 1 - d)): # d(decay, ramp) -> the decay to use
@@ -98,7 +101,8 @@ def moving_average(answer: Callable) -> Result:
 
 # %% ../nbs/toolkit/check_training.ipynb #6203d0b6
 class _Witness(nn.Module):
-    "A network that remembers what it was asked: `seen` holds (xt, t, output) of the last call."
+    """A network that remembers what it was asked: `seen` holds (xt, t, output) of the
+    last call."""
     def __init__(self):
         super().__init__()
         self.scale, self.seen = nn.Parameter(torch.tensor(0.5)), None
@@ -108,7 +112,8 @@ class _Witness(nn.Module):
 
 @checker
 def noise_loss(answer: Callable) -> Result:
-    "Lesson 2, exercise 4: answer(net, x0, schedule) -> mean squared error, each image at a random time of its own."
+    """Lesson 2, exercise 4: answer(net, x0, schedule) -> mean squared error, each image
+    at a random time of its own."""
     net, schedule, g = _Witness(), Schedule.linear(8), fresh_generator()
     torch.default_generator.manual_seed(g.initial_seed()) # what the answer draws is the same after a restart
     x0 = 2 * torch.rand(256, 3, 4, 4, generator=g) - 1
@@ -174,7 +179,8 @@ _ORDERS = { # pattern in the log of calls -> what it means
 }
 
 def _observed(loop, log):
-    "`loop` on a small network, from (weights, batches) to a Run; `log` gets a letter for every call."
+    """`loop` on a small network, from (weights, batches) to a Run; `log` gets a letter
+    for every call."""
     def run(weights, batches):
         net = nn.Linear(3, 3, bias=False)
         net.load_state_dict({"weight": weights})
@@ -195,7 +201,8 @@ def _observed(loop, log):
 
 @checker
 def training_loop(answer: Callable) -> Result:
-    "Lesson 2, exercise 5: answer(net, batches, optimizer, loss) -> the losses, a list of floats; one step per batch."
+    """Lesson 2, exercise 5: answer(net, batches, optimizer, loss) -> the losses, a list
+    of floats; one step per batch."""
     def inputs(k, g): return torch.randn(3, 3, generator=g), torch.randn(k + 3, 10, 3, generator=g)
     def truth(net, batches, optimizer, loss):
         losses = []

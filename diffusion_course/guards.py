@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['whole', 'number', 'one_of', 'shaped', 'noise_like', 'floats', 'context_rows', 'table', 'check_range',
            'finite_samples', 'times', 'falling_times', 'falling_signal', 'earlier', 'signal_left', 'between_0_and_1',
-           'warn_of_signal', 'samples', 'kind_of', 'network_image', 'network_times', 'network_context', 'on_device']
+           'warn_of_signal', 'samples', 'kind_of', 'network_image', 'network_times', 'network_context', 'on_device',
+           'network_inputs']
 
 # %% ../nbs/toolkit/guards.ipynb #d8ac72a2
 import math
@@ -27,7 +28,8 @@ def whole(
     most: int | None = None,
     top: str = "", # a name for `most`, such as "T="
 ) -> int: # the value
-    "A Python int from least to most. Raises ValueError for anything else, True and 3.0 among it."
+    """A Python int from least to most. Raises ValueError for anything else, True and
+    3.0 among it."""
     if type(value) is int and value >= least and (most is None or value <= most): return value
     allowed = f", {least} or more" if most is None else f" from {least} to {top}{most}"
     raise ValueError(f"{name}={value!r}: expected a whole number{allowed}")
@@ -58,7 +60,8 @@ def shaped(
     x: Tensor,
     shape, # what its shape must be
 ) -> Tensor: # x
-    "Exactly this shape, because broadcasting would hide the mistake. Raises ValueError for another one."
+    """Exactly this shape, because broadcasting would hide the mistake. Raises
+    ValueError for another one."""
     if x.shape == torch.Size(shape): return x
     raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {tuple(shape)}")
 
@@ -66,7 +69,8 @@ def noise_like(
     eps: Tensor,
     x0: Tensor,
 ) -> Tensor: # eps
-    "Noise for x0: one value per pixel, in its dtype. Raises TypeError for another dtype and ValueError for another shape."
+    """Noise for x0: one value per pixel, in its dtype. Raises TypeError for another
+    dtype and ValueError for another shape."""
     if eps.dtype != x0.dtype:
         raise TypeError(f"eps has dtype {eps.dtype} and x0 {x0.dtype}: expected the same, as torch.randn_like(x0) makes it")
     if eps.shape == x0.shape: return eps
@@ -83,7 +87,8 @@ def context_rows(
     context: Tensor, # (n, n_context), or (1, n_context) for all samples alike
     n: int, # samples
 ) -> Tensor: # context
-    "One row for each sample, or one for all. Raises ValueError for any other number of rows."
+    """One row for each sample, or one for all. Raises ValueError for any other number
+    of rows."""
     if context.ndim == 2 and len(context) in (1, n): return context
     raise ValueError(f"context has shape {tuple(context.shape)}: expected ({n}, n_context), one row per sample, or (1, n_context)")
 
@@ -96,7 +101,8 @@ def table(
 
 # %% ../nbs/toolkit/guards.ipynb #20ab458c
 def check_range(x0: Tensor): # (n, …) clean images, such as the first batch of a run
-    """Refuse images in 0 … 255 and warn of images in 0 … 1: a network would be trained on them without a word, and its samples be wrong.
+    """Refuse images in 0 … 255 and warn of images in 0 … 1: a network would be trained
+    on them without a word, and its samples be wrong.
 
     Raises ValueError for values far outside the range of images, -1 … 1."""
     low, high = torch.stack(x0.detach().aminmax()).cpu().tolist() # one read
@@ -119,8 +125,10 @@ def times(
     T: int, # largest time
     first: int = 0, # smallest time allowed
 ) -> int | Tensor: # ready to be an index; on the CPU
-    """Times first … T, one for all images or one for each. Raises ValueError for times outside and for another number of them, TypeError
-    for times that are not whole. Times on a GPU must be read back, and the GPU waits for that; times that stay on the CPU cost nothing."""
+    """Times first … T, one for all images or one for each. Raises ValueError for times
+    outside and for another number of them, TypeError for times that are not whole.
+    Times on a GPU must be read back, and the GPU waits for that; times that stay on the
+    CPU cost nothing."""
     if isinstance(t, Tensor):
         if t.is_floating_point() or t.dtype == torch.bool: raise TypeError(f"times have dtype {t.dtype}: expected integers {first} … {T}")
         if t.ndim and t.shape != like.shape[:1]: raise ValueError(f"times have shape {tuple(t.shape)}: expected {tuple(like.shape[:1])}, one per image")
@@ -135,7 +143,8 @@ def falling_times(
     ts: Sequence[int] | None, # strictly falling times that end at 0; by default T, T-1, …, 0
     T: int, # largest time
 ) -> list[int]:
-    "The times of a walk. Raises ValueError unless they fall strictly from at most T to 0, TypeError for times that are not whole."
+    """The times of a walk. Raises ValueError unless they fall strictly from at most T
+    to 0, TypeError for times that are not whole."""
     ts = list(range(T, -1, -1)) if ts is None else [index(t) for t in ts]
     if len(ts) < 2 or ts[-1] != 0 or ts[0] > T or any(s >= t for t, s in pairwise(ts)):
         raise ValueError(f"times {ts if len(ts) < 9 else [*ts[:4], '…', *ts[-3:]]}: expected times that fall strictly from at most "
@@ -145,7 +154,8 @@ def falling_times(
 def falling_signal(
     alpha_bar, # (T+1,): a tensor, a list or an array
 ) -> Tensor: # float64 (T+1,), a copy on the CPU
-    "The share of the signal at each time. Raises ValueError unless it starts at 1, falls at every step and ends at 0 or above."
+    """The share of the signal at each time. Raises ValueError unless it starts at 1,
+    falls at every step and ends at 0 or above."""
     alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float64, device="cpu").clone()
     if alpha_bar.ndim != 1 or len(alpha_bar) < 2:
         raise ValueError(f"alpha_bar has shape {tuple(alpha_bar.shape)}: expected (T+1,) with T at least 1")
@@ -166,7 +176,8 @@ def earlier(
 def signal_left(
     signal: Tensor, # sqrt(alpha_bar_t)
 ) -> Tensor: # signal
-    "Some signal, by which x0 can be found from the noise. Raises ValueError where the schedule leaves none (zero terminal SNR)."
+    """Some signal, by which x0 can be found from the noise. Raises ValueError where the
+    schedule leaves none (zero terminal SNR)."""
     if (signal > 0).all(): return signal
     raise ValueError("this schedule leaves no signal at time T, so x0 cannot be found from the noise there: expected a network that predicts v or x0")
 
@@ -184,7 +195,8 @@ def warn_of_signal(call: str, signal: float, instead: str):
 def samples(
     n: int | Sequence[int], # how many, or the indices of those wanted
 ) -> list[int]: # the indices
-    "Which samples are wanted. Raises TypeError for anything but a number or a list of numbers, ValueError for none."
+    """Which samples are wanted. Raises TypeError for anything but a number or a list of
+    numbers, ValueError for none."""
     if not isinstance(n, (int, np.integer, Sequence, Tensor, np.ndarray)) or isinstance(n, (bool, str)):
         raise TypeError(f"n={n!r}: expected a number of samples, or the indices of the samples wanted")
     indices = list(range(n)) if isinstance(n, (int, np.integer)) else [index(i) for i in n]
@@ -202,7 +214,8 @@ def network_image(
     depth: int, # how often the network halves an image
     weight: Tensor, # a weight of the network
 ):
-    "A float image of this network. Raises TypeError for another dtype, ValueError for a shape that does not fit."
+    """A float image of this network. Raises TypeError for another dtype, ValueError for
+    a shape that does not fit."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a float tensor, got {kind_of(x)}. For pixels in bytes write x.float() / 127.5 - 1.")
     if x.dtype != weight.dtype and (x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type)): # autocast leaves doubles alone
@@ -217,7 +230,8 @@ def network_image(
                          f"width must be multiples of {unit}. Pad or crop the images to a multiple of {unit}.")
 
 def network_times(t, n: int):
-    "Integer times (n,). Raises TypeError for fractions and single numbers, ValueError for another number of them."
+    """Integer times (n,). Raises TypeError for fractions and single numbers, ValueError
+    for another number of them."""
     if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
         raise TypeError(f"t must be an integer tensor of shape ({n},), got {kind_of(t)}. For one time for all images "
                         "write torch.full((n,), t), or call the network through predictor(), which does that; "
@@ -226,7 +240,8 @@ def network_times(t, n: int):
         raise ValueError(f"t has shape {tuple(t.shape)}, expected ({n},): one integer time for each image.")
 
 def network_context(context, n: int, n_context: int):
-    "Float contexts (n, n_context), or None. Raises TypeError for numbers and names of classes, ValueError for another shape."
+    """Float contexts (n, n_context), or None. Raises TypeError for numbers and names of
+    classes, ValueError for another shape."""
     if context is None: return
     if not isinstance(context, Tensor) or not context.is_floating_point():
         raise TypeError(f"context must be a float tensor of shape ({n}, {n_context}) or None, got {kind_of(context)}. "
@@ -241,3 +256,14 @@ def on_device(device: torch.device, **inputs):
     for name, value in inputs.items():
         if value is not None and value.device != device:
             raise ValueError(f"{name} is on {value.device}, the network on {device}. Write {name}.to({str(device)!r}), or net.to({str(value.device)!r}).")
+
+def network_inputs(
+    x, t, context, # what the network was called with
+    config: dict, # in_channels, n_context and depth of the network
+    weight: Tensor, # one of its weights
+):
+    "All of the above."
+    network_image(x, config["in_channels"], config["depth"], weight)
+    network_times(t, len(x))
+    network_context(context, len(x), config["n_context"])
+    on_device(weight.device, x=x, t=t, context=context)

@@ -31,7 +31,8 @@ def initial_noise(
     seed: int = 0,
     device: str | torch.device | None = None, # where to put it; by default the CPU
 ) -> Tensor: # float32 (n, *shape)
-    "Standard normal noise for time T. Sample i depends on (seed, i) alone: not on n, the batch or the device."
+    """Standard normal noise for time T. Sample i depends on (seed, i) alone: not on n,
+    the batch or the device."""
     return _normal(_generators(seed, n, stream=0), shape, device)
 
 # %% ../nbs/toolkit/noise.ipynb #e15c7989
@@ -41,8 +42,9 @@ def per_sample_noise(
     seed: int,
     n: int | Sequence[int], # how many samples, or the indices of the samples wanted
 ) -> Callable: # noise(xt) -> fresh noise shaped like xt
-    """The `noise` of a sampler, drawn for each sample from its own generator: sample i depends on (seed, i) and the step alone. It is
-    drawn, and sent to the device, for several steps at once: for 1, 2, 4 … of them, but never more than 16 MB ahead."""
+    """The `noise` of a sampler, drawn for each sample from its own generator: sample i
+    depends on (seed, i) and the step alone. It is drawn, and sent to the device, for
+    several steps at once: for 1, 2, 4 … of them, but never more than 16 MB ahead."""
     generators, ahead, steps = _generators(seed, n, stream=1), torch.empty(0), 1
     def noise(xt):
         nonlocal ahead, steps

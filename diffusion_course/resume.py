@@ -28,7 +28,8 @@ def shuffled_batches(
     seed: int = 0,
     start: int = 0, # first batch wanted
 ) -> Iterator[list[int]]:
-    "The indices of batches start … steps - 1: each epoch a new shuffle that depends on (seed, epoch) alone, so a run can start anywhere."
+    """The indices of batches start … steps - 1: each epoch a new shuffle that depends
+    on (seed, epoch) alone, so a run can start anywhere."""
     epoch, order = -1, None
     for step in range(start, steps):
         batch = []
@@ -65,7 +66,8 @@ def unpack(
     ema: nn.Module,
     optimizers,
 ) -> int: # the step that was reached
-    "Fill network, average and optimisers. Raises ValueError, which names each difference, for a state of a run with other settings."
+    """Fill network, average and optimisers. Raises ValueError, which names each
+    difference, for a state of a run with other settings."""
     # what a state of an older version does not hold cannot be compared
     changed = {k: (state.settings[k], v) for k, v in settings.items() if k != "step" and state.settings.get(k, v) != v}
     if changed:

@@ -30,9 +30,9 @@ _all_ = ["initial_noise", "per_sample_noise", "send"]
 #| code-summary: "The form of the package: Schedule"
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """How much of the image is left at each time t = 0 … T: `alpha_bar[t]` is the share of
-    the signal in the variance of x_t (DDPM, section 2). Raises ValueError unless it starts
-    at 1 and falls at every step, to 0 or above."""
+    """How much of the image is left at each time t = 0 … T: `alpha_bar[t]` is the share
+    of the signal in the variance of x_t (DDPM, section 2). Raises ValueError unless it
+    starts at 1 and falls at every step, to 0 or above."""
     alpha_bar: Tensor # float64 (T+1,), kept on the CPU; a list or an array will do
 
     def __post_init__(self):
@@ -42,14 +42,16 @@ class Schedule:
     @property
     def T(self) -> int: return len(self.alpha_bar) - 1
     def __repr__(self):
-        return f"Schedule(T={self.T}, sqrt(alpha_bar[T])={self.alpha_bar[-1].sqrt():.4f})"
+        signal = self.alpha_bar[-1].sqrt()
+        return f"Schedule(T={self.T}, sqrt(alpha_bar[T])={signal:.4f})"
 
 # %% ../nbs/L1_Sampling.ipynb #07168067
 #| code-fold: true
-#| code-summary: "The form of the package: Schedule.linear and Schedule.cosine"
+#| code-summary: "The form of the package: Schedule.linear"
 def _from_betas(beta):
     # alpha_bar_t = (1 - beta_1) (1 - beta_2) … (1 - beta_t)
-    return Schedule(torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)]))
+    start = torch.ones(1, dtype=torch.float64)
+    return Schedule(torch.cat([start, (1 - beta).cumprod(0)]))
 
 @patch(cls_method=True)
 def linear(
@@ -58,10 +60,10 @@ def linear(
     beta_1: float | None = None, # first beta; by default 0.1 / T
     beta_T: float | None = None, # last beta; by default 20 / T
 ) -> Schedule:
-    """beta rises along a straight line (DDPM, section 4). The defaults are DDPM's own 1e-4
-    and 0.02 when T = 1000, and scale as 1000 / T; from T = 30 on less than 0.01 of the signal
-    is left at time T. Raises ValueError unless every beta lies between 0 and 1; warns when
-    betas of your own leave more than a tenth of the signal."""
+    """beta rises along a straight line (DDPM, section 4). The defaults are DDPM's own
+    1e-4 and 0.02 when T = 1000, and scale as 1000 / T; from T = 30 on less than 0.01 of
+    the signal is left at time T. Raises ValueError unless every beta lies between 0 and
+    1; warns when betas of your own leave more than a tenth of the signal."""
     guards.whole("T", T)
     own = beta_1 is not None or beta_T is not None
     beta_1 = min(0.1 / T, 0.5) if beta_1 is None else beta_1
@@ -70,9 +72,13 @@ def linear(
     schedule = _from_betas(torch.linspace(beta_1, beta_T, T, dtype=torch.float64))
     if own:
         call = f"Schedule.linear({T}, {beta_1:g}, {beta_T:g})"
-        guards.warn_of_signal(call, schedule.alpha_bar[-1].sqrt(), f"Schedule.linear({T})")
+        left = schedule.alpha_bar[-1].sqrt()
+        guards.warn_of_signal(call, left, f"Schedule.linear({T})")
     return schedule
 
+# %% ../nbs/L1_Sampling.ipynb #c81cfd92
+#| code-fold: true
+#| code-summary: "The form of the package: Schedule.cosine"
 @patch(cls_method=True)
 def cosine(
     cls: Schedule,
@@ -80,8 +86,8 @@ def cosine(
     s: float = 0.008, # keeps the first betas from being too small
     beta_max: float = 0.999, # keeps the last beta below 1
 ) -> Schedule:
-    """alpha_bar falls along a squared cosine (Nichol & Dhariwal, 2102.09672, equation 17).
-    Raises ValueError for a bad T."""
+    """alpha_bar falls along a squared cosine (Nichol & Dhariwal, 2102.09672, equation
+    17). Raises ValueError for a bad T."""
     guards.whole("T", T)
     # f(t) = cos²((t/T + s) / (1 + s) · π/2),  beta_t = 1 - f(t) / f(t-1)
     share = torch.arange(T + 1, dtype=torch.float64) / T
@@ -126,7 +132,8 @@ def shifted(
     """The same times with `factor` times the noise level (2301.11093, section 3.1;
     2301.10972). Raises ValueError unless the factor is a finite number above 0."""
     guards.number("factor", factor, "a finite number above 0, such as side / 16", 1e-6)
-    # sigma' = factor sigma, so alpha_bar' = alpha_bar / (alpha_bar + factor² (1 - alpha_bar))
+    # sigma' = factor sigma, so alpha_bar' = alpha_bar / (alpha_bar + factor² (1 -
+    # alpha_bar))
     signal, noise = self.alpha_bar, 1 - self.alpha_bar
     return Schedule(signal / (signal + factor**2 * noise))
 
@@ -137,19 +144,23 @@ def shifted(
 def timesteps(
     self: Schedule,
     n: int, # number of steps, 1 … T
-    spacing: str = "trailing", # "trailing": equal strides from T; "quadratic": finer towards 0
+    spacing: str = "trailing", # equal strides from T; "quadratic": finer towards 0
 ) -> list[int]:
-    """The n+1 times that a sampler visits, strictly falling from T to 0, for any n from 1 to T.
+    """The n+1 times that a sampler visits, strictly falling from T to 0, for any n from
+    1 to T.
 
-    "trailing" is the spacing of Lin et al. (2305.08891, section 3.3), "quadratic" that of
-    the DDIM paper (2010.02502, appendix D.2). Raises ValueError for other n or spacing."""
+    "trailing" is the spacing of Lin et al. (2305.08891, section 3.3), "quadratic" that
+    of the DDIM paper (2010.02502, appendix D.2). Raises ValueError for other n or
+    spacing."""
     T = self.T
     guards.whole("steps n", n, 1, T, "T=")
     guards.one_of("spacing", spacing, ("trailing", "quadratic"))
-    # t_k = round(T·k/n) or round(T·(k/n)²), in whole numbers: floats may round the wrong way
-    if spacing == "trailing": rising = [(2 * T * k + n) // (2 * n) for k in range(n + 1)]
-    else: rising = [(2 * T * k * k + n * n) // (2 * n * n) for k in range(n + 1)]
-    for k in range(1, n + 1): rising[k] = max(rising[k], rising[k - 1] + 1) # never twice
+    # t_k = round(T·k/n) or round(T·(k/n)²), in whole numbers: floats may round the
+    # wrong way
+    ks = range(n + 1)
+    if spacing == "trailing": rising = [(2 * T * k + n) // (2 * n) for k in ks]
+    else: rising = [(2 * T * k * k + n * n) // (2 * n * n) for k in ks]
+    for k in ks[1:]: rising[k] = max(rising[k], rising[k - 1] + 1) # never twice
     return rising[::-1]
 
 # %% ../nbs/L1_Sampling.ipynb #8a736cfb
@@ -161,21 +172,24 @@ def at(
     like: Tensor, # (n, …): the images that the values will multiply
     first: int = 0, # smallest time allowed
 ) -> Tensor: # float64, () for an int t and (n, 1, 1, …) for times (n,); on the CPU
-    """`values[t]`, shaped to multiply a batch. Times outside first … T raise ValueError, times
-    that are not whole TypeError: nothing wraps."""
+    """`values[t]`, shaped to multiply a batch. Times outside first … T raise
+    ValueError, times that are not whole TypeError: nothing wraps."""
     value = values[guards.times(t, like, len(values) - 1, first)]
     return value.view(-1, *[1] * (like.ndim - 1)) if value.ndim else value
 
-def _ready(like, *coefficients): # to multiply `like`: float64 until now, cast before they move
-    rows = torch.stack(torch.broadcast_tensors(*coefficients)).to(guards.floats(like).dtype)
-    # one value per image: all in one transfer; single numbers multiply any device from the CPU
+def _ready(like, *coefficients): # to multiply `like`; float64 is cast before it moves
+    rows = torch.stack(torch.broadcast_tensors(*coefficients))
+    rows = rows.to(guards.floats(like).dtype)
+    # one value per image: all in one transfer; single numbers multiply any device from
+    # the CPU
     return (send(rows, like.device) if rows.ndim > 1 else rows).unbind()
 
 # %% ../nbs/L1_Sampling.ipynb #5f4c2a81
 #| code-fold: true
-#| code-summary: "The form of the package: Prediction, and three ways to it"
+#| code-summary: "The form of the package: Prediction"
 class Prediction(NamedTuple):
-    "What a network says: x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps always holds."
+    """What a network says: x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps
+    always holds."""
     x0: Tensor # the clean image
     eps: Tensor # the noise
 
@@ -183,14 +197,19 @@ def signal_and_noise(
     t: int | Tensor, # a time, or int (n,): one time per image
     xt: Tensor, # (n, …)
     schedule: Schedule,
-    first: int = 0, # smallest time allowed: 1 for a prediction, because x_0 holds no noise
+    first: int = 0, # smallest time allowed: 1 for a prediction, as x_0 holds no noise
 ) -> tuple[Tensor, Tensor]: # sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t), to multiply xt
-    "How much signal and how much noise x_t holds. Raises ValueError for times outside first … T."
+    """How much signal and how much noise x_t holds. Raises ValueError for times outside
+    first … T."""
     ab = at(schedule.alpha_bar, t, xt, first)
     return _ready(xt, ab.sqrt(), (1 - ab).sqrt())
 
+# %% ../nbs/L1_Sampling.ipynb #330e20f7
+#| code-fold: true
+#| code-summary: "The form of the package: three ways to a Prediction"
 def prediction_from_eps(eps, xt, t, schedule) -> Prediction:
-    "The pair from the noise (DDPM, equation 15). Raises ValueError where no signal is left."
+    """The pair from the noise (DDPM, equation 15). Raises ValueError where no signal is
+    left."""
     signal, noise = signal_and_noise(t, xt, schedule, first=1)
     # x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
     return Prediction((xt - noise * eps) / guards.signal_left(signal), eps)
@@ -208,18 +227,19 @@ def prediction_from_v(v, xt, t, schedule) -> Prediction:
     # eps = sqrt(1 - alpha_bar_t) x_t + sqrt(alpha_bar_t) v
     return Prediction(signal * xt - noise * v, noise * xt + signal * v)
 
-PREDICTIONS = {"eps": prediction_from_eps, "x0": prediction_from_x0, "v": prediction_from_v}
+PREDICTIONS = {"eps": prediction_from_eps, "x0": prediction_from_x0,
+               "v": prediction_from_v}
 
 # %% ../nbs/L1_Sampling.ipynb #e21d8e19
 #| code-fold: true
-#| code-summary: "The form of the package: predictor and clipped"
+#| code-summary: "The form of the package: what the wrappers of a network share"
 def wrapping(
     predict: Callable, # a new predict(xt, t) -> Prediction
     again: Callable, # again(*others) -> the same wrapper around other predictions
     *inside: Callable, # the predictions that it wraps
 ) -> Callable: # `predict`
-    """Hand on what `sample` asks of a prediction: `predict.net`, the network behind it, and
-    `predict.part(rows, n)`, the same prediction for these rows of n samples."""
+    """Hand on what `sample` asks of a prediction: `predict.net`, the network behind it,
+    and `predict.part(rows, n)`, the same prediction for these rows of n samples."""
     predict.net = next((p.net for p in inside if hasattr(p, "net")), None)
     if all(hasattr(p, "part") for p in inside):
         predict.part = lambda rows, n: again(*(p.part(rows, n) for p in inside))
@@ -227,34 +247,38 @@ def wrapping(
 
 def _home(predict, default): # the device of the network behind `predict`
     net = getattr(predict, "net", None)
-    tensors = chain(net.parameters(), net.buffers()) if isinstance(net, nn.Module) else ()
+    known = isinstance(net, nn.Module)
+    tensors = chain(net.parameters(), net.buffers()) if known else ()
     return next((x.device for x in tensors), default)
 
+# %% ../nbs/L1_Sampling.ipynb #774d0d55
+#| code-fold: true
+#| code-summary: "The form of the package: predictor"
 def predictor(
     net: nn.Module, # called as net(xt, t) or net(xt, t, context)
     schedule: Schedule,
-    context: Tensor | None = None, # (n, n_context), or (1, n_context) for all samples alike
+    context: Tensor | None = None, # (n, n_context), or (1, n_context) for all samples
     kind: str | None = None, # it predicts "eps", "x0" or "v"; by default `net.predicts`
 ) -> Callable: # predict(xt, t) -> Prediction
-    """Wrap a network as `predict(xt, t) -> Prediction`, the only thing that a sampler needs.
-    The network is asked on the device where it is, and the answer comes back to where `xt` is.
-    Raises ValueError for an unknown kind or a context of another batch size."""
+    """Wrap a network as `predict(xt, t) -> Prediction`, the only thing that a sampler
+    needs. The network is asked on the device where it is, and the answer comes back to
+    where `xt` is. Raises ValueError for an unknown kind or a context of another batch
+    size."""
     kind = getattr(net, "predicts", "eps") if kind is None else kind
     read = PREDICTIONS[guards.one_of("kind", kind, PREDICTIONS)]
 
     def predict(xt, t):
         guards.times(t, xt, schedule.T, first=1) # before the network sees it
         x = xt.to(_home(predict, xt.device))
-        one_each = isinstance(t, Tensor) and t.ndim
-        times = send(t, x.device) if one_each else torch.full((len(x),), int(t), device=x.device)
+        if isinstance(t, Tensor) and t.ndim: times = send(t, x.device)
+        else: times = torch.full((len(x),), int(t), device=x.device)
         output = net(x, times) if context is None else net(x, times, _rows(context, x))
         output = guards.shaped("the network's answer", output.to(xt.device), xt.shape)
         return read(output, xt, t, schedule)
 
     def part(rows, n):
-        own = context
-        if context is not None and len(guards.context_rows(context, n)) > 1: own = context[rows]
-        return predictor(net, schedule, own, kind)
+        several = context is not None and len(guards.context_rows(context, n)) > 1
+        return predictor(net, schedule, context[rows] if several else context, kind)
     predict.net, predict.part = net, part
     return predict
 
@@ -262,13 +286,17 @@ def _rows(context, x): # one for each image, beside the images
     rows = guards.context_rows(context, len(x)).to(x.dtype)
     return send(rows, x.device).expand(len(x), -1)
 
+# %% ../nbs/L1_Sampling.ipynb #4c66ff2a
+#| code-fold: true
+#| code-summary: "The form of the package: clipped"
 def clipped(
     predict: Callable, # predict(xt, t) -> Prediction
     schedule: Schedule,
     low: float = -1, # smallest pixel value
     high: float = 1, # largest pixel value
 ) -> Callable: # predict(xt, t) -> Prediction
-    "`predict` with x0 held inside the range of images, and eps derived again to fit it."
+    """`predict` with x0 held inside the range of images, and eps derived again to fit
+    it."""
     def clip(xt, t):
         return prediction_from_x0(predict(xt, t).x0.clamp(low, high), xt, t, schedule)
     return wrapping(clip, lambda other: clipped(other, schedule, low, high), predict)
@@ -281,13 +309,14 @@ def posterior(
     s: int | Tensor, # earlier time, 0 ≤ s < t
     schedule: Schedule,
 ) -> tuple[Tensor, Tensor]: # mean (n, …) and variance, () or (n, 1, …)
-    """Mean and variance of q(x_s | x_t, x_0) for any s < t: DDPM, equations 6 and 7, with
-    t - 1 replaced by s. Raises ValueError unless 0 ≤ s < t ≤ T and for shapes that do not fit,
-    TypeError for times that are not whole."""
+    """Mean and variance of q(x_s | x_t, x_0) for any s < t: DDPM, equations 6 and 7,
+    with t - 1 replaced by s. Raises ValueError unless 0 ≤ s < t ≤ T and for shapes that
+    do not fit, TypeError for times that are not whole."""
     guards.shaped("x0", x0, xt.shape)
     ab_t, ab_s = at(schedule.alpha_bar, t, xt), at(schedule.alpha_bar, s, xt)
     guards.earlier(s, t, ab_s, ab_t)
-    # alpha_{t|s} = alpha_bar_t / alpha_bar_s: the share of the signal that is kept from s to t
+    # alpha_{t|s} = alpha_bar_t / alpha_bar_s: the share of the signal that is kept from
+    # s to t
     alpha_ts = ab_t / ab_s
     # mean = sqrt(alpha_bar_s) (1 - alpha_{t|s}) / (1 - alpha_bar_t) · x_0
     #      + sqrt(alpha_{t|s}) (1 - alpha_bar_s) / (1 - alpha_bar_t) · x_t
@@ -312,8 +341,8 @@ def visited(
     schedule: Schedule,
     ts: Sequence[int] | None = None, # times that fall to 0; by default T, T-1, …, 0
 ) -> list[int]:
-    """The times that a sampler walks. Raises ValueError unless they fall strictly from at
-    most T to 0, TypeError for times that are not whole."""
+    """The times that a sampler walks. Raises ValueError unless they fall strictly from
+    at most T to 0, TypeError for times that are not whole."""
     return guards.falling_times(ts, schedule.T)
 
 @torch.no_grad()
@@ -321,13 +350,13 @@ def ddpm(
     predict: Callable, # predict(xt, t) -> Prediction
     xT: Tensor, # (n, …) noise at time ts[0]
     schedule: Schedule,
-    ts: Sequence[int] | None = None, # times to visit, falling to 0; by default all of them
+    ts: Sequence[int] | None = None, # times to visit, falling to 0; by default all
     *,
-    noise: Callable = torch.randn_like, # noise(xt): fresh standard normal noise, shaped like xt
+    noise: Callable = torch.randn_like, # noise(xt): standard normal, shaped like xt
 ) -> Iterator[Step]:
-    """Remove the noise step by step: DDPM, algorithm 2, for any falling list of times. Yields
-    every step; the last `xs` is the sample. Raises ValueError unless the times fall to 0,
-    TypeError for times that are not whole."""
+    """Remove the noise step by step: DDPM, algorithm 2, for any falling list of times.
+    Yields every step; the last `xs` is the sample. Raises ValueError unless the times
+    fall to 0, TypeError for times that are not whole."""
     xt = xT
     for i, (t, s) in enumerate(pairwise(visited(schedule, ts))):
         pred = predict(xt, t)
@@ -342,16 +371,17 @@ def ideal_predictor(
     images: Tensor, # (m, …) the whole data set
     schedule: Schedule,
 ) -> Callable: # predict(xt, t) -> Prediction
-    """The best prediction that exists when the data are exactly `images`: x0 is their mean,
-    weighted by how likely each is to have become x_t (EDM, 2206.00364, appendix B.3). It is
-    computed in float64 on the CPU, because some devices have none; the answer is where `xt`
-    is. Raises ValueError for images of another shape."""
+    """The best prediction that exists when the data are exactly `images`: x0 is their
+    mean, weighted by how likely each is to have become x_t (EDM, 2206.00364, appendix
+    B.3). It is computed in float64 on the CPU, because some devices have none; the
+    answer is where `xt` is. Raises ValueError for images of another shape."""
     def predict(xt, t):
         guards.shaped("images", images, images.shape[:1] + xt.shape[1:])
         x = xt.cpu().flatten(1).double()
         data = images.to("cpu", xt.dtype).flatten(1).double()
         signal, noise = signal_and_noise(t, x, schedule, first=1)
-        # log w_i = -|x_t - sqrt(alpha_bar_t) x_i|² / (2 (1 - alpha_bar_t)), and |x_t|² is the
+        # log w_i = -|x_t - sqrt(alpha_bar_t) x_i|² / (2 (1 - alpha_bar_t)), and |x_t|²
+        # is the
         # same for all i
         overlap, size = x @ data.T, data.square().sum(1)
         weights = ((signal * overlap - signal**2 * size / 2) / noise**2).softmax(dim=1)
@@ -372,22 +402,24 @@ def sample(
     steps: int | None = None, # network calls, 1 … T; by default T
     shape: tuple = (3, 16, 16), # of one sample
     seed: int = 0,
-    device: str | torch.device | None = None, # by default that of the network behind `predict`
-    batch_size: int = 500, # samples drawn together: bounds the memory, changes no sample
+    device: str | torch.device | None = None, # by default that of the network
+    batch_size: int = 500, # drawn together: bounds the memory, changes no sample
     progress: bool = False, # show a bar?
 ) -> Tensor: # (n, *shape)
-    """Noise, loop and last state in one call. A `predict` of your own (one that is not made by
-    `predictor`, `clipped`, `guided` or `wrapping`) is asked about all n samples together, on
-    the CPU unless `device` says otherwise. Raises ValueError or TypeError for bad arguments
-    and FloatingPointError if the samples are not finite."""
-    indices, ts = guards.samples(n), schedule.timesteps(schedule.T if steps is None else steps)
+    """Noise, loop and last state in one call. A `predict` of your own (one that is not
+    made by `predictor`, `clipped`, `guided` or `wrapping`) is asked about all n samples
+    together, on the CPU unless `device` says otherwise. Raises ValueError or TypeError
+    for bad arguments and FloatingPointError if the samples are not finite."""
+    indices = guards.samples(n)
+    ts = schedule.timesteps(schedule.T if steps is None else steps)
     size, n = guards.whole("batch_size", batch_size), len(indices)
     device = _home(predict, "cpu") if device is None else device
     batches, parts, done = [slice(None)], [predict], []
     if hasattr(predict, "part") and n > size:
         batches = [slice(i, i + size) for i in range(0, n, size)]
         parts = [predict.part(rows, n) for rows in batches] # refuses before any work
-    with tqdm(total=len(parts) * (len(ts) - 1), disable=not progress, file=sys.stdout) as bar:
+    total = len(parts) * (len(ts) - 1)
+    with tqdm(total=total, disable=not progress, file=sys.stdout) as bar:
         for rows, ask in zip(batches, parts):
             xT = initial_noise(indices[rows], shape, seed=seed, device=device)
             noise = per_sample_noise(seed, indices[rows])

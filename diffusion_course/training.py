@@ -29,7 +29,8 @@ from .guards import check_range
 from .identity import described, identity
 from .muon import adamw
 from .precision import best_device, fast_dtype, send
-from .resume import TrainingState, pack, seeded, shuffled_batches, unpack
+from .resume import TrainingState, pack, seeded, shuffled_batches
+from .resume import unpack
 from .sampling import PREDICTIONS, Schedule, signal_and_noise
 
 _all_ = ["TrainingState", "check_range", "shuffled_batches"]
@@ -43,9 +44,9 @@ def add_noise(
     eps: Tensor, # (n, …) standard normal noise
     schedule: Schedule,
 ) -> Tensor: # (n, …) x_t
-    """Jump from clean images to time t: a draw of q(x_t | x_0) (DDPM, equation 4). Raises
-    ValueError for times outside 0 … T or noise of another shape, TypeError for times that are
-    not whole, images that are not floats and noise of another dtype."""
+    """Jump from clean images to time t: a draw of q(x_t | x_0) (DDPM, equation 4).
+    Raises ValueError for times outside 0 … T or noise of another shape, TypeError for
+    times that are not whole, images that are not floats and noise of another dtype."""
     guards.noise_like(eps, x0)
     signal, noise = signal_and_noise(t, x0, schedule)
     # x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
@@ -61,8 +62,8 @@ def prediction_target(
     t: Tensor, # int (n,)
     schedule: Schedule,
 ) -> Tensor: # (n, …)
-    """What a network of this kind should answer. v is that of Salimans & Ho (2202.00512,
-    section 4). Raises ValueError for another kind."""
+    """What a network of this kind should answer. v is that of Salimans & Ho
+    (2202.00512, section 4). Raises ValueError for another kind."""
     guards.one_of("kind", kind, PREDICTIONS)
     if kind == "eps": return eps
     if kind == "x0": return x0
@@ -87,8 +88,8 @@ def middle_times(
     generator: torch.Generator | None = None,
     width: float = 1.0,
 ) -> Tensor: # int (n,)
-    """Times 1 … T around the middle: logit-normal (Esser and others, 2403.03206, section 3.1).
-    A larger width reaches further to both ends."""
+    """Times 1 … T around the middle: logit-normal (Esser and others, 2403.03206,
+    section 3.1). A larger width reaches further to both ends."""
     # t / T = sigmoid(width z), z ~ N(0, 1)
     share = (width * torch.randn(n, generator=generator)).sigmoid()
     return (share * T).long().clamp(max=T - 1) + 1
@@ -104,10 +105,11 @@ def prediction_loss(
     *,
     kind: str | None = None, # what the network predicts; by default `net.predicts`
     times: Callable = uniform_times, # times(n, T, generator) -> int (n,)
-    generator: torch.Generator | None = None, # on the CPU: draws the times and the noise
+    generator: torch.Generator | None = None, # on the CPU: draws times and noise
 ) -> Tensor: # scalar
-    """Mean squared error of the prediction at random times, each image at its own: L_simple
-    (DDPM, equation 14; algorithm 1). Raises ValueError for an answer of another shape."""
+    """Mean squared error of the prediction at random times, each image at its own:
+    L_simple (DDPM, equation 14; algorithm 1). Raises ValueError for an answer of
+    another shape."""
     kind = getattr(net, "predicts", "eps") if kind is None else kind
     t = times(len(x0), schedule.T, generator) # stays on the CPU, where the schedule is
     eps = send(torch.randn(x0.shape, generator=generator).to(x0.dtype), x0.device)
@@ -117,7 +119,7 @@ def prediction_loss(
     target = prediction_target(kind, x0, eps, t, schedule)
     return F.mse_loss(output.to(x0.dtype), target)
 
-def noise_prediction_loss(net, x0, context, schedule, *, generator=None) -> Tensor: # scalar
+def noise_prediction_loss(net, x0, context, schedule, *, generator=None) -> Tensor:
     "`prediction_loss` for a network that predicts the noise: DDPM, algorithm 1."
     return prediction_loss(net, x0, context, schedule, kind="eps", generator=generator)
 
@@ -135,8 +137,8 @@ def warmup_then_decay(
 def ramped_average(
     decay: float = 0.995, # of the average, once it has warmed up
 ) -> Callable: # avg_fn for torch's AveragedModel
-    """Exponential moving average whose decay rises as (1 + k) / (10 + k), so that a short run
-    is not held back by its random start."""
+    """Exponential moving average whose decay rises as (1 + k) / (10 + k), so that a
+    short run is not held back by its random start."""
     def average(old, new, k):
         d = torch.clamp((1 + k) / (10 + k), max=decay)
         return d * old + (1 - d) * new
@@ -164,7 +166,8 @@ class TrainingDiverged(FloatingPointError):
 #| code-summary: "The form of the package: small helpers of train"
 def _checked(settings):
     for name in ("steps", "batch_size", "images"):
-        if settings[name] < 1: raise ValueError(f"{name}={settings[name]}: expected at least 1")
+        value = settings[name]
+        if value < 1: raise ValueError(f"{name}={value}: expected at least 1")
     return settings
 
 def _images_and_context(batch): # a data set may hold images alone
@@ -173,19 +176,21 @@ def _images_and_context(batch): # a data set may hold images alone
 
 def _batches(data, crew, settings, first, device):
     "This process's rows of each batch that is left, on the device."
-    n, size, steps, seed = (settings[k] for k in ("images", "batch_size", "steps", "seed"))
-    batches = shuffled_batches(n, size, steps, seed=seed, start=first)
+    size, steps, seed = (settings[k] for k in ("batch_size", "steps", "seed"))
+    batches = shuffled_batches(len(data), size, steps, seed=seed, start=first)
     rows = (batch[crew.own] for batch in batches)
-    for i, batch in enumerate(DataLoader(data, batch_sampler=rows, generator=seeded(seed))):
+    loader = DataLoader(data, batch_sampler=rows, generator=seeded(seed))
+    for i, batch in enumerate(loader):
         x0, context = _images_and_context(batch)
         if i == 0: check_range(x0)
         yield send(x0, device), context if context is None else send(context, device)
 
 def _check_finite(step, loss, norm, lr):
     if math.isfinite(loss + norm): return
-    raise TrainingDiverged(f"step {step}: the loss is {loss:.4g} and the norm of its gradient "
-                           f"{norm:.4g}. The weights are those of step {step - 1}; try a smaller "
-                           f"lr than {lr:g}, float32 (autocast=False), or look for NaN in the data")
+    raise TrainingDiverged(
+        f"step {step}: the loss is {loss:.4g} and the norm of its gradient {norm:.4g}. "
+        f"The weights are those of step {step - 1}; try a smaller lr than {lr:g}, "
+        "float32 (autocast=False), or look for NaN in the data")
 
 # %% ../nbs/L2_Training.ipynb #be50f430
 #| code-fold: true
@@ -199,7 +204,7 @@ def train(
     batch_size: int = 64,
     lr: float = 3e-3, # largest learning rate
     optimizer: Callable = adamw, # optimizer(net, lr) -> a list of optimisers
-    loss: Callable = prediction_loss, # loss(net, x0, context, schedule, generator=…) -> scalar
+    loss: Callable = prediction_loss, # called like `prediction_loss`
     ema: float = 0.995, # decay of the average of the weights
     clip: float = 1.0, # largest norm of the gradient
     seed: int = 0, # decides the order of the data, the times and the noise
@@ -207,43 +212,49 @@ def train(
     autocast: torch.dtype | bool | None = None, # by default bfloat16 where it is fast
     resume: TrainingState | None = None, # continue this run
 ) -> Iterator[TrainStep]:
-    """Train `net` and yield after each optimiser step; bars, plots, checkpoints and early
-    stopping are the consumer's. A resumed run continues to the bit on the same machine: data
-    order and noise are functions of (seed, step). Several processes share the work (`crew`);
-    the loss must be a mean over the images. Raises TrainingDiverged when a loss or gradient is
-    not finite, before it reaches the weights, ValueError for settings that make no sense, for
-    data of another kind and for a `resume` of another run, and ConnectionError when one of
-    several processes is lost."""
-    settings = _checked(dict(step=0, steps=steps, batch_size=batch_size, lr=lr, ema=ema, clip=clip,
-                             seed=seed, T=schedule.T, images=len(data)))
-    settings |= identity(net, data, schedule, loss) | dict(optimizer=described(optimizer))
+    """Train `net` and yield after each optimiser step; bars, plots, checkpoints and
+    early stopping are the consumer's. A resumed run continues to the bit on the same
+    machine: data order and noise are functions of (seed, step). Several processes share
+    the work (`crew`); the loss must be a mean over the images. Raises TrainingDiverged
+    when a loss or gradient is not finite, before it reaches the weights, ValueError for
+    settings that make no sense, for data of another kind and for a `resume` of another
+    run, and ConnectionError when one of several processes is lost."""
+    settings = _checked(dict(step=0, steps=steps, batch_size=batch_size, lr=lr, ema=ema,
+                             clip=clip, seed=seed, T=schedule.T, images=len(data)))
+    settings |= identity(net, data, schedule, loss)
+    settings |= dict(optimizer=described(optimizer))
     device = torch.device(device) if device else best_device()
     dtype = fast_dtype(device) if autocast in (None, True) else autocast or None
     net.to(device).train()
     average = AveragedModel(net, avg_fn=ramped_average(ema)).eval()
     optimizers = optimizer(net, lr)
     first = unpack(resume, settings, net, average, optimizers) if resume else 0
-    largest = [(group, group["lr"]) for part in optimizers for group in part.param_groups]
+    groups = [group for part in optimizers for group in part.param_groups]
+    largest = [(group, group["lr"]) for group in groups]
     with Crew(net, loss, {**settings, "step": first}) as crew: # alone, as a rule
-        start, batches = time.perf_counter(), _batches(data, crew, settings, first, device)
+        start = time.perf_counter()
+        batches = _batches(data, crew, settings, first, device)
         for step, (x0, context) in enumerate(batches, first + 1):
             factor = warmup_then_decay(step - 1, steps)
             for group, top in largest: group["lr"] = top * factor
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                value = crew.loss(x0, context, schedule, generator=seeded(seed, 1, step))
+                generator = seeded(seed, 1, step)
+                value = crew.loss(x0, context, schedule, generator=generator)
             net.zero_grad()
             value.backward()
             norm = nn.utils.clip_grad_norm_(net.parameters(), clip)
             found = crew.mean(torch.stack([value.detach().to(norm), norm]))
-            value, norm = found.cpu().tolist() # the only time that a step waits for the device
+            value, norm = found.cpu().tolist() # here alone a step waits for the device
             _check_finite(step, value, norm, lr)
             for part in optimizers: part.step()
             average.update_parameters(net)
             seconds = time.perf_counter() - start
             if crew.rank == 0:
-                state = partial(pack, net, average, optimizers, {**settings, "step": step})
-                yield TrainStep(step, value, lr * factor, seconds, (step - first) * batch_size / seconds,
-                                net, average.module, state)
+                now = {**settings, "step": step}
+                state = partial(pack, net, average, optimizers, now)
+                rate = (step - first) * batch_size / seconds
+                yield TrainStep(step, value, lr * factor, seconds, rate, net,
+                                average.module, state)
             crew.go_on()
 
 # %% ../nbs/L2_Training.ipynb #231b17c5
@@ -253,10 +264,12 @@ def progress(
     loop: Iterator[TrainStep], # what `train` yields
     steps: int, # in the whole run
 ) -> Iterator[TrainStep]:
-    "The same steps, with a bar: the loss (smoothed), the images per second, the time left."
+    """The same steps, with a bar: the loss (smoothed), the images per second, the time
+    left."""
     loop, smooth = iter(loop), None
-    first = next(loop, None) # among several processes the helpers end here, and show no bar
-    with tqdm(total=steps, file=sys.stdout, unit="step", mininterval=0.5, disable=first is None) as bar:
+    first = next(loop, None) # of several processes all but one end here, without a bar
+    look = dict(file=sys.stdout, unit="step", mininterval=0.5)
+    with tqdm(total=steps, disable=first is None, **look) as bar:
         for step in chain([first] if first else [], loop):
             smooth = step.loss if smooth is None else 0.98 * smooth + 0.02 * step.loss
             bar.update(step.step - bar.n)

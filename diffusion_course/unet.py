@@ -107,10 +107,7 @@ class ContextUnet(nn.Module):
         context: Tensor | None = None,  # (n, n_context) float; None and rows of zeros mean "no context"
     ) -> Tensor:                        # same shape as x
         depth = self.config["depth"]
-        guards.network_image(x, self.config["in_channels"], depth, self.stem.weight)
-        guards.network_times(t, len(x))
-        guards.network_context(context, len(x), self.config["n_context"])
-        guards.on_device(self.stem.weight.device, x=x, t=t, context=context)
+        guards.network_inputs(x, t, context, self.config, self.stem.weight)
 
         cond = self.condition(t, context, x.dtype)
         h, skips = self.stem(x), []

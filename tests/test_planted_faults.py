@@ -106,7 +106,7 @@ TABLE = {
     ('generator=seeded(seed, 0, epoch)', 'generator=seeded(seed, 0, 0)', "resume::test_every_epoch_sees_every_image_once"),
 ],
 "training": [
-    ('largest = [(group, group["lr"]) for part in optimizers for group in part.param_groups]', 'largest = [(group, group["lr"]) for part in optimizers[:1] for group in part.param_groups]', "muon::test_the_rate_of_every_optimiser_falls"),
+    ('groups = [group for part in optimizers for group in part.param_groups]', 'groups = [group for part in optimizers[:1] for group in part.param_groups]', "muon::test_the_rate_of_every_optimiser_falls"),
     ('dict(optimizer=described(optimizer))', 'dict(optimizer="")', "resume::test_another_run_is_refused_by_name"),
     ('share = (width * torch.randn(n, generator=generator)).sigmoid()', 'share = (width * torch.rand(n, generator=generator)).sigmoid()', "muon::test_middle_times_are_logit_normal"),
     ('share = (width * torch.randn(n, generator=generator)).sigmoid()', 'share = torch.randn(n, generator=generator).sigmoid()', "muon::test_middle_times_are_logit_normal"),
