@@ -7,6 +7,9 @@ has the difference from DDPM in all 500 calls with its paired error, and says wh
 (2) The same weights under other libraries' samplers, each at its best valid setting.
 (3) Speed of the samplers: one network, 64 sprites in 20 calls; what a sampler adds to its network calls.
 (4) Our own speed in float32 and bfloat16, on one thread and two, with the paired difference in quality.
+
+Each part is kept in build/sampling.json as soon as it is measured, and not measured again; remove the file to begin anew. `--until PART` stops there:
+the parts with speeds come first and want an idle machine, the others do not.
 """
 import argparse
 import copy
@@ -14,6 +17,7 @@ import json
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -31,6 +35,7 @@ from machine import RESULTS, in_turns, machine
 
 MARGIN = 0.03 # of KID: two rows whose difference is surely smaller count as equally good
 CALLS = (5, 10, 20, 50)
+KEPT = Path(__file__).parents[1] / "build" / "sampling.json"
 SEEDS = (1, 2, 3) # of the noise
 MEMORY = """
 import resource
@@ -227,18 +232,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=500, help="samples judged in each row, for each of three seeds of the noise")
     parser.add_argument("--rounds", type=int, default=7, help="how often each speed is measured")
+    parser.add_argument("--until", help="stop after this part")
     args = parser.parse_args()
     total = len(SEEDS) * args.samples
     (images, context), (more, _) = (Sprites.draw(total, seed=seed, split="heldout").batch(range(total)) for seed in (1, 2))
     real = features(images)
-    parts = {"machine": machine, "floor": lambda: kid(features(more), real), "real spread": lambda: spread(images, context.argmax(1)), "memory": peak_memory, "sampler speed": lambda: sampler_speed(args.rounds),
-             "own speed": lambda: own_speed(args.rounds), "half": lambda: half_the_bits(args.samples, real), "quality": lambda: quality(args.samples, real)}
-    RESULTS.mkdir(exist_ok=True)
-    results = {}
+    parts = {"machine": machine, "memory": peak_memory, "sampler speed": lambda: sampler_speed(args.rounds), "own speed": lambda: own_speed(args.rounds),
+             "floor": lambda: kid(features(more), real), "real spread": lambda: spread(images, context.argmax(1)),
+             "half": lambda: half_the_bits(args.samples, real), "quality": lambda: quality(args.samples, real)}
+    results = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for name, measure in parts.items():
-        results[name] = measure()
-        (RESULTS / "sampling.json").write_text(json.dumps(results, indent=1)) # what is measured is kept, whatever happens to the rest
-        print(name, "done", flush=True)
+        if name not in results:
+            results[name] = measure()
+            KEPT.write_text(json.dumps(results, indent=1))
+            print(name, "done", flush=True)
+        if name == args.until: return
     results["ours"], results["theirs"] = results.pop("quality")
     (RESULTS / "sampling.json").write_text(json.dumps(results, indent=1))
     text = report(results, args)

@@ -61,7 +61,10 @@ def trained(name, budget, seed, steps, data):
 
 
 def judged(name, budget, seed, real, n, part=100):
+    "What is there to say about a model; kept beside it, and not measured again."
     recipe, path = RECIPES[name], model_file(name, budget, seed)
+    kept = path.with_suffix(f".{n}.json")
+    if kept.exists(): return json.loads(kept.read_text())
     net = recipe.network()
     net.load_state_dict(safetensors.torch.load_file(path))
     net.eval()
@@ -74,6 +77,7 @@ def judged(name, budget, seed, real, n, part=100):
         quality[judge] = dict(kid=kid(features(images), real), class_accuracy=class_accuracy(images, labels))
     with safetensors.safe_open(path, "pt") as file: steps = int(file.metadata()["steps"])
     row = dict(recipe=name, budget=budget, seed=seed, steps=steps, images=steps * recipe.batch, quality=quality)
+    kept.write_text(json.dumps(row))
     print(row, flush=True)
     return row
 
