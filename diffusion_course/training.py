@@ -86,12 +86,10 @@ def middle_times(
     n: int, # how many
     T: int,
     generator: torch.Generator | None = None,
-    width: float = 1.0,
 ) -> Tensor: # int (n,)
-    """Times 1 … T around the middle: logit-normal (Esser and others, 2403.03206,
-    section 3.1). A larger width reaches further to both ends."""
-    # t / T = sigmoid(width z), z ~ N(0, 1)
-    share = (width * torch.randn(n, generator=generator)).sigmoid()
+    "Times 1 … T around the middle: logit-normal (Esser et al., 2403.03206, section 3.1)."
+    # t / T = sigmoid(z), z ~ N(0, 1)
+    share = torch.randn(n, generator=generator).sigmoid()
     return (share * T).long().clamp(max=T - 1) + 1
 
 # %% ../nbs/L2_Training.ipynb #00485c49

@@ -98,13 +98,12 @@ def test_the_rate_of_every_optimiser_falls():
 
 # --- which times -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("width", [1.0, 1.5])
-def test_middle_times_are_logit_normal(width):
+def test_middle_times_are_logit_normal():
     T, n = 500, 100_000
-    t = middle_times(n, T, torch.Generator().manual_seed(0), width)
+    t = middle_times(n, T, torch.Generator().manual_seed(0))
     assert t.dtype == torch.int64 and t.shape == (n,) and t.min() >= 1 and t.max() <= T
-    for edge in (50, 125, 250, 400):        # P(t <= edge) = P(width z <= logit(edge / T))
-        expected = torch.special.ndtr(torch.logit(torch.tensor(edge / T)) / width)
+    for edge in (50, 125, 250, 400):        # P(t <= edge) = P(z <= logit(edge / T))
+        expected = torch.special.ndtr(torch.logit(torch.tensor(edge / T)))
         assert_close((t <= edge).double().mean(), expected.double(), atol=0.006, rtol=0)
     assert set(middle_times(100, 1).tolist()) == {1}
 

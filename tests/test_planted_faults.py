@@ -108,8 +108,7 @@ TABLE = {
 "training": [
     ('groups = [group for part in optimizers for group in part.param_groups]', 'groups = [group for part in optimizers[:1] for group in part.param_groups]', "muon::test_the_rate_of_every_optimiser_falls"),
     ('dict(optimizer=described(optimizer))', 'dict(optimizer="")', "resume::test_another_run_is_refused_by_name"),
-    ('share = (width * torch.randn(n, generator=generator)).sigmoid()', 'share = (width * torch.rand(n, generator=generator)).sigmoid()', "muon::test_middle_times_are_logit_normal"),
-    ('share = (width * torch.randn(n, generator=generator)).sigmoid()', 'share = torch.randn(n, generator=generator).sigmoid()', "muon::test_middle_times_are_logit_normal"),
+    ('share = torch.randn(n, generator=generator).sigmoid()', 'share = torch.rand(n, generator=generator).sigmoid()', "muon::test_middle_times_are_logit_normal"),
 ],
 "metrics": [
     ('pairs = 2 * (same_x - row_x - same_z + row_z)', 'pairs = same_x - row_x - same_z + row_z', "metrics::test_error_of_a_difference"),

@@ -5,7 +5,6 @@ import argparse
 import hashlib
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # before torch is imported: waiting threads give their core to others
@@ -14,10 +13,9 @@ import torch
 
 from diffusion_course.checkpoints import latest_step, resume_training, save_model, save_training
 from diffusion_course.context import one_hot, with_dropped_context
-from diffusion_course.muon import muon
 from diffusion_course.sampling import Schedule, clipped, predictor, sample
 from diffusion_course.sprites import CLASSES, Sprites
-from diffusion_course.training import middle_times, prediction_loss, progress, train
+from diffusion_course.training import prediction_loss, progress, train
 from diffusion_course.unet import ContextUnet
 
 SHIPPED = Path(__file__).parents[1] / "diffusion_course" / "pretrained"
@@ -30,9 +28,7 @@ def train_sprites(steps, n_images, seed, folder):
     "The average of the weights after the last step. An interrupted training goes on from its last checkpoint in `folder`; under `torchrun` several processes share it."
     torch.manual_seed(seed)
     net, schedule, data = ContextUnet(predicts="v"), Schedule.cosine(), Sprites.draw(n_images, seed=seed)
-    # times of every level, more of the middle: a long run has to know both ends too
-    loss = with_dropped_context(partial(prediction_loss, times=partial(middle_times, width=1.5)), 0.1)
-    loop = train(net, data, schedule, steps=steps, batch_size=32, ema=0.999, optimizer=muon, seed=seed, loss=loss,
+    loop = train(net, data, schedule, steps=steps, batch_size=64, lr=3e-3, ema=0.999, seed=seed, loss=with_dropped_context(prediction_loss, 0.1),
                  resume=resume_training(folder) if latest_step(folder) else None)
     for step in progress(loop, steps):
         if step.step % 1000 == 0 and step.step < steps: save_training(folder, step.state(), keep=1)
@@ -57,7 +53,7 @@ def quality(net, schedule, n_per_class=200, steps=50):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=24_000, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=16_000, help="optimiser steps")
     parser.add_argument("--images", type=int, default=20_000, help="sprites in the training set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=SHIPPED / "sprites.safetensors")
