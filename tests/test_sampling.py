@@ -196,6 +196,12 @@ def test_times_that_fit():
             assert values.shape == (4, *[1] * (like.ndim - 1)) and values.dtype == torch.float64
             assert torch.equal(values.flatten(), S.alpha_bar[t.long()])
 
+def test_images_of_whole_numbers():
+    "Bytes would be cut to 0 and 1 by the coefficients, without a word."
+    x = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    for use in (lambda: posterior(x, x, 5, 4, S), lambda: signal_and_noise(5, x, S)):
+        with pytest.raises(TypeError, match=r"uint8: expected floats in \[-1, 1\]; for bytes use x / 127.5 - 1"): use()
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
 def test_times_of_any_whole_dtype(dtype):
     t = torch.tensor([1, 2, 3, 0], dtype=dtype)
