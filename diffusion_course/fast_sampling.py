@@ -14,45 +14,57 @@ import torch
 from torch import Tensor
 
 from . import guards
-from .sampling import Prediction, Schedule, Step, prediction_from_x0, visited
+from .sampling import Prediction, Schedule, Step, prediction_from_x0
+from .sampling import visited
 
 # %% ../nbs/L4_FastSampling.ipynb #b9892348
+#| code-fold: true
+#| code-summary: "The form of the package: renoised"
 def renoised(
     pred: Prediction, # (x0, eps), each (n, …)
     s: int, # time to go to, 0 … T
     schedule: Schedule,
     sigma: float = 0.0, # standard deviation of the noise that will be added afterwards
 ) -> Tensor: # (n, …)
-    "The predicted image with the predicted noise at the level of time s, room left for fresh noise (DDIM, equation 12)."
+    """The predicted image with the predicted noise at the level of time s, room left
+    for fresh noise (DDIM, equation 12)."""
     ab = schedule.alpha_bar[s].item()
     # x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma²) eps
     return ab**0.5 * pred.x0 + max(1 - ab - sigma**2, 0) ** 0.5 * pred.eps
 
 # %% ../nbs/L4_FastSampling.ipynb #6c110630
+#| code-fold: true
+#| code-summary: "The form of the package: ddim_sigma"
 def ddim_sigma(
     t: int, # time before the step
     s: int, # time after it, s < t
     schedule: Schedule,
     eta: float = 1.0, # 0: no fresh noise, 1: as much as DDPM
 ) -> float: # 0 … 1
-    "How much fresh noise a step from t to s adds (DDIM, equation 16). Raises ValueError for eta outside 0 … 1."
-    guards.number("eta", eta, "a number from 0 (deterministic) to 1 (as noisy as DDPM)", 0, 1)
+    """How much fresh noise a step from t to s adds (DDIM, equation 16). Raises
+    ValueError for eta outside 0 … 1."""
+    wanted = "a number from 0 (deterministic) to 1 (as noisy as DDPM)"
+    guards.number("eta", eta, wanted, 0, 1)
     ab_t, ab_s = schedule.alpha_bar[t].item(), schedule.alpha_bar[s].item()
-    # sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
+    # sigma = eta sqrt((1 - ab_s) / (1 - ab_t)) sqrt(1 - ab_t / ab_s)
     return eta * ((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)) ** 0.5
 
 # %% ../nbs/L4_FastSampling.ipynb #0c16dff6
+#| code-fold: true
+#| code-summary: "The form of the package: ddim"
 @torch.no_grad()
 def ddim(
     predict: Callable, # predict(xt, t) -> Prediction
     xT: Tensor, # (n, …) noise at time ts[0]
     schedule: Schedule,
-    ts: Sequence[int] | None = None, # times to visit, falling to 0; by default all of them
+    ts: Sequence[int] | None = None, # times to visit, falling to 0; default: all
     *,
     eta: float = 0.0, # 0: deterministic, 1: DDPM
-    noise: Callable = torch.randn_like, # noise(xt): fresh standard normal noise, asked for only if eta > 0
+    noise: Callable = torch.randn_like, # noise(xt): fresh normal noise, only if eta > 0
 ) -> Iterator[Step]:
-    "DDIM (2010.02502, equation 12) along any falling list of times; one network call a step. Yields every step; the last `xs` is the sample. Raises ValueError for bad times or eta, TypeError for times that are not whole."
+    """DDIM (2010.02502, equation 12) along any falling list of times; one network
+    call a step. Yields every step; the last `xs` is the sample. Raises ValueError
+    for bad times or eta, TypeError for times that are not whole."""
     xt = xT
     for i, (t, s) in enumerate(pairwise(visited(schedule, ts))):
         pred, sigma = predict(xt, t), ddim_sigma(t, s, schedule, eta)
@@ -62,45 +74,57 @@ def ddim(
         xt = xs
 
 # %% ../nbs/L4_FastSampling.ipynb #3dc86a6c
+#| code-fold: true
+#| code-summary: "The form of the package: blended"
 def blended(
     a: Tensor, # (n, …) standard normal noise
     b: Tensor, # (n, …) other noise, independent of a
     share: float, # of the way from a to b, 0 … 1
 ) -> Tensor: # (n, …) standard normal noise again
-    "Between two noises, on an arc: a straight line would lose variance, and the network has never seen such noise. Raises ValueError for a share outside 0 … 1."
+    """Between two noises, on an arc: a straight line would lose variance, and the
+    network has never seen such noise. Raises ValueError for a share outside 0 … 1."""
     guards.number("share", share, "a number from 0 (a) to 1 (b)", 0, 1)
     angle = share * torch.pi / 2
     # cos² + sin² = 1, so the variance stays 1
     return math.cos(angle) * a + math.sin(angle) * b
 
 # %% ../nbs/L4_FastSampling.ipynb #37c31824
+#| code-fold: true
+#| code-summary: "The form of the package: invert"
 @torch.no_grad()
 def invert(
     predict: Callable, # predict(xt, t) -> Prediction
     x0: Tensor, # (n, …) clean images
     schedule: Schedule,
-    ts: Sequence[int] | None = None, # the times of the way down, falling to 0; they are walked upwards. By default all of them
-) -> Tensor: # (n, …) the noise from which `ddim` with the same times leads back to about x0
-    "DDIM backwards (2010.02502, section 4.3): from an image to its noise. Near, not exact: each step uses the prediction at its lower end. Raises ValueError for bad times."
+    ts: Sequence[int] | None = None, # times falling to 0, walked upwards
+) -> Tensor: # (n, …) noise from which `ddim` with the same times leads back to about x0
+    """DDIM backwards (2010.02502, section 4.3): from an image to its noise. Near,
+    not exact: each step uses the prediction at its lower end. Raises ValueError for
+    bad times."""
     xt = x0
     for s, t in pairwise(reversed(visited(schedule, ts))):
-        # at time 0 there is no noise to predict, so the first step asks at its upper end
+        # at time 0 there is no noise to predict: the first step asks at its upper end
         xt = renoised(predict(xt, s or t), t, schedule)
     return xt
 
 # %% ../nbs/L4_FastSampling.ipynb #8d1bba5d
+#| code-fold: true
+#| code-summary: "The form of the package: heun"
 @torch.no_grad()
 def heun(
     predict: Callable, # predict(xt, t) -> Prediction
     xT: Tensor, # (n, …) noise at time ts[0]
     schedule: Schedule,
-    ts: Sequence[int] | None = None, # times to visit, falling to 0; by default all of them
+    ts: Sequence[int] | None = None, # times to visit, falling to 0; default: all
     *,
     noise: Callable = torch.randn_like, # not used: the method is deterministic
 ) -> Iterator[Step]:
-    """Heun's second-order method: step, look again from there, and take the step anew with the mean of both predictions. n steps need
-    2n - 1 network calls. It averages x0, which stays bounded where a schedule leaves no signal (DPM-Solver++(2S) of 2211.01095 with r = 1);
-    EDM's algorithm 1 (2206.00364) averages eps, which does not. Raises ValueError for bad times, TypeError for times that are not whole."""
+    """Heun's second-order method: step, look again from there, and take the step
+    anew with the mean of both predictions. n steps need 2n - 1 network calls. It
+    averages x0, which stays bounded where a schedule leaves no signal
+    (DPM-Solver++(2S) of 2211.01095 with r = 1); EDM's algorithm 1 (2206.00364)
+    averages eps, which does not. Raises ValueError for bad times, TypeError for
+    times that are not whole."""
     xt = xT
     for i, (t, s) in enumerate(pairwise(visited(schedule, ts))):
         pred = predict(xt, t)
@@ -112,27 +136,31 @@ def heun(
         xt = xs
 
 # %% ../nbs/L4_FastSampling.ipynb #da83e5c2
+#| code-fold: true
+#| code-summary: "The form of the package: dpmpp_2m"
 @torch.no_grad()
 def dpmpp_2m(
     predict: Callable, # predict(xt, t) -> Prediction
     xT: Tensor, # (n, …) noise at time ts[0]
     schedule: Schedule,
-    ts: Sequence[int] | None = None, # times to visit, falling to 0; by default all of them
+    ts: Sequence[int] | None = None, # times to visit, falling to 0; default: all
     *,
     eta: float = 0.0, # 0: deterministic, 1: as much fresh noise as DDPM
-    noise: Callable = torch.randn_like, # noise(xt): fresh standard normal noise, asked for only if eta > 0
+    noise: Callable = torch.randn_like, # noise(xt): fresh normal noise, only if eta > 0
 ) -> Iterator[Step]:
-    """DPM-Solver++(2M) (Lu et al., 2211.01095, algorithm 2): second order for one network call a step, because it remembers the last
-    prediction; with eta = 1 it is SDE-DPM-Solver++(2M). The first and the last step are DDIM's. Raises ValueError for bad times or eta,
-    TypeError for times that are not whole."""
+    """DPM-Solver++(2M) (Lu et al., 2211.01095, algorithm 2): second order for one
+    network call a step, because it remembers the last prediction; with eta = 1 it is
+    SDE-DPM-Solver++(2M). The first and the last step are DDIM's. Raises ValueError
+    for bad times or eta, TypeError for times that are not whole."""
     xt, before, h_before = xT, None, None
     for i, (t, s) in enumerate(pairwise(visited(schedule, ts))):
         pred = now = predict(xt, t)
-        # h = lambda_s - lambda_t with lambda = -log sigma, half the logarithm of the signal-to-noise ratio; infinite for s = 0
+        # h = lambda_s - lambda_t with lambda = -log sigma; infinite for s = 0
         h = (schedule.sigma[t] / schedule.sigma[s]).log().item()
         if before is not None and s > 0:
-            # D = x_0 + h / (2 h_before) (x_0 - x_0 before): where x_0 will be in the middle of the step, if it goes on as it did
-            pred = prediction_from_x0(now.x0 + h / (2 * h_before) * (now.x0 - before.x0), xt, t, schedule)
+            # D = x_0 + h / (2 h_before) (x_0 - x_0 before): in the middle of the step
+            D = now.x0 + h / (2 * h_before) * (now.x0 - before.x0)
+            pred = prediction_from_x0(D, xt, t, schedule)
         sigma = ddim_sigma(t, s, schedule, eta)
         xs = renoised(pred, s, schedule, sigma)
         if sigma > 0: xs = xs + sigma * noise(xt)
