@@ -17,44 +17,60 @@ from .sampling import Prediction, send, wrapping
 from .sprites import CLASSES
 
 # %% ../nbs/L3_Context.ipynb #b8d82f04
+#| code-fold: true
+#| code-summary: "The form of the package: one_hot"
 def _index(name, classes):
     if isinstance(name, str) and name in classes: return classes.index(name)
-    if isinstance(name, Real) and not isinstance(name, bool) and name in range(len(classes)): return int(name)
-    raise ValueError(f"class {name!r}: expected a whole number 0 … {len(classes) - 1} or one of {', '.join(classes)}")
+    whole = isinstance(name, Real) and not isinstance(name, bool)
+    if whole and name in range(len(classes)): return int(name)
+    raise ValueError(f"class {name!r}: expected a whole number 0 … {len(classes) - 1} "
+                     f"or one of {', '.join(classes)}")
 
 def one_hot(
-    names_or_indices: str | int | Sequence[str | int] | Tensor, # one class or several, by name or by number
+    names_or_indices: str | int | Sequence[str | int] | Tensor, # one class or several
     classes: Sequence[str] = CLASSES,
 ) -> Tensor: # float32 (n, len(classes)): one row per class asked for
-    "Context vectors of pure classes: 1 for the class, 0 elsewhere. Raises ValueError for a class that does not exist, and for a table of numbers in place of a list."
+    """Context vectors of pure classes, by name or number: 1 for the class, 0 elsewhere.
+    Raises ValueError for a class that does not exist, and for a table of numbers in
+    place of a list."""
     if isinstance(names_or_indices, Tensor):
         if names_or_indices.ndim > 1:
-            raise ValueError(f"class numbers have shape {tuple(names_or_indices.shape)}: expected (n,). Are these context vectors already?")
+            shape = tuple(names_or_indices.shape)
+            raise ValueError(f"class numbers have shape {shape}: expected (n,). "
+                             "Are these context vectors already?")
         names_or_indices = names_or_indices.reshape(-1).tolist()
-    if isinstance(names_or_indices, str) or not hasattr(names_or_indices, "__iter__"): names_or_indices = [names_or_indices]
+    if isinstance(names_or_indices, str) or not hasattr(names_or_indices, "__iter__"):
+        names_or_indices = [names_or_indices]
     indices = [_index(name, list(classes)) for name in names_or_indices]
     return torch.eye(len(classes))[torch.tensor(indices, dtype=torch.long)]
 
 # %% ../nbs/L3_Context.ipynb #d30399d7
+#| code-fold: true
+#| code-summary: "The form of the package: mix"
 def mix(
-    weights: Mapping[str | int, float], # class -> how much of it, such as {"hero": 1.0, "food": 0.6}
+    weights: Mapping[str | int, float], # how much of each: {"hero": 1.0, "food": 0.6}
     classes: Sequence[str] = CLASSES,
 ) -> Tensor: # float32 (1, len(classes)): serves all samples of a batch
-    "A context vector with several classes in it at once. Raises ValueError for a class that does not exist or a weight that is not a finite number."
+    """A context vector with several classes in it at once. Raises ValueError for a
+    class that does not exist or a weight that is not a finite number."""
     context = torch.zeros(1, len(classes))
     for name, weight in weights.items():
-        context[0, _index(name, list(classes))] += guards.number(f"weight of {name!r}", weight, "a finite number, a million at most")
+        expected = "a finite number, a million at most"
+        amount = guards.number(f"weight of {name!r}", weight, expected)
+        context[0, _index(name, list(classes))] += amount
     return context
 
 # %% ../nbs/L3_Context.ipynb #4e33bbfb
+#| code-fold: true
+#| code-summary: "The form of the package: drop_context and with_dropped_context"
 def drop_context(
     context: Tensor, # (n, n_context)
     p: float, # share of the rows to drop, 0 … 1
     generator: torch.Generator | None = None, # a CPU generator
 ) -> Tensor: # (n, n_context)
-    """Set each row to zero with probability p, each row by its own coin: zero means no context (Ho & Salimans, 2207.12598, algorithm 1).
-
-    Raises ValueError for p outside 0 … 1 and for a context that is no table of rows."""
+    """Set each row to zero with probability p, each row by its own coin: zero means no
+    context (Ho & Salimans, 2207.12598, algorithm 1). Raises ValueError for p outside
+    0 … 1 and for a context that is no table of rows."""
     guards.number("p", p, "a probability, 0 … 1", 0, 1)
     keep = torch.rand(len(guards.table(context)), 1, generator=generator) >= p
     return context * send(keep.to(context.dtype), context.device)
@@ -63,27 +79,33 @@ def with_dropped_context(
     loss: Callable, # loss(net, x0, context, schedule, generator=…) -> scalar
     p: float = 0.1, # share of the rows to drop
 ) -> Callable: # a loss with the same arguments
-    "The same loss on contexts of which a share is dropped: what `train` needs for a model that can be guided."
+    """The same loss on contexts of which a share is dropped: what `train` needs for a
+    model that can be guided."""
     def dropped(net, x0, context, schedule, *, generator=None):
         if context is not None: context = drop_context(context, p, generator)
         return loss(net, x0, context, schedule, generator=generator)
     return dropped
 
 # %% ../nbs/L3_Context.ipynb #9e0c8c9d
+#| code-fold: true
+#| code-summary: "The form of the package: guided"
 def guided(
     cond: Callable, # predict(xt, t) -> Prediction, with context
     uncond: Callable, # predict(xt, t) -> Prediction, without
     scale: float, # 0 = unconditional, 1 = conditional, above 1 = exaggerated
 ) -> Callable: # predict(xt, t) -> Prediction
-    """Classifier-free guidance (Ho & Salimans, 2207.12598, equation 6, whose w is scale - 1): from `uncond` towards `cond`, and beyond.
+    """Classifier-free guidance (Ho & Salimans, 2207.12598, equation 6, whose w is
+    scale - 1): from `uncond` towards `cond`, and beyond.
 
-    Clip afterwards, `clipped(guided(…), schedule)`: what goes beyond leaves the range of images. Raises ValueError for a scale that is not a finite number."""
+    Clip afterwards, `clipped(guided(…), schedule)`: what goes beyond leaves the range
+    of images. Raises ValueError for a scale that is not a finite number."""
     guards.number("scale", scale, "a finite number; 0 = unconditional, 1 = conditional")
     if scale == 1: return cond
     if scale == 0: return uncond
 
     def predict(xt, t):
         without, with_ = uncond(xt, t), cond(xt, t)
-        # eps = eps_uncond + scale (eps_cond - eps_uncond); x0 likewise, so the pair stays consistent
+        # eps = eps_uncond + scale (eps_cond - eps_uncond)
+        # x0 likewise, so the pair stays consistent
         return Prediction(*(u + scale * (c - u) for u, c in zip(without, with_)))
     return wrapping(predict, lambda c, u: guided(c, u, scale), cond, uncond)
