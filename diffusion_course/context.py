@@ -55,9 +55,10 @@ def mix(
     class that does not exist or a weight that is not a finite number."""
     context = torch.zeros(1, len(classes))
     for name, weight in weights.items():
-        expected = "a finite number, a million at most"
-        amount = guards.number(f"weight of {name!r}", weight, expected)
-        context[0, _index(name, list(classes))] += amount
+        if not isinstance(weight, Real) or not abs(weight) < 1e6:
+            raise ValueError(f"weight {weight!r} of {name!r}: "
+                             "expected a finite number below a million")
+        context[0, _index(name, list(classes))] += weight
     return context
 
 # %% ../nbs/L3_Context.ipynb #4e33bbfb
