@@ -161,9 +161,9 @@ def test_lesson_2_with_a_network_elsewhere(device):
     "`train` may have put the network on a GPU; what the lesson holds beside it is on the CPU, and so are its pictures."
     net = random_unet(predicts="v").to(NAME)
     held_out, context = Sprites.draw(200).batch(range(200))
-    lesson = functions_of("L2_Training.ipynb", ["draw", "loss_per_level", "device_of", "loss_on_new", "guess", "depends_on_batch"],
-                          schedule=S, rows=torch.eye(5), held_out=held_out, held_out_context=context, t=10, xt=held_out[:8],
-                          mates=held_out[100:156], mates_noise=torch.zeros(56, 3, 16, 16))
+    lesson = functions_of("L2_Training.ipynb", ["draw", "loss_per_level", "device_of", "loss_on_new", "noise_of", "guess", "depends_on_batch"],
+                          schedule=S, rows=torch.eye(5), held_out=held_out, held_out_context=context, context=context[:64], t=10, xt=held_out[:8],
+                          mates=held_out[100:156])
     times = [1, 10, 20]
     assert lesson.draw(net, steps=2).device == CPU and lesson.draw(net, steps=2).shape == (5, 3, 16, 16)
     assert len(lesson.loss_per_level(predictor(net, S, context[:8].repeat(2, 1)), held_out[:8], times, repeats=2)) == 3

@@ -188,7 +188,7 @@ TABLE = {
     ('keep = torch.rand(len(guards.table(context)), 1, generator=generator) >= p', 'keep = torch.rand(1, 1, generator=generator) >= p', "context::test_context_is_dropped_row_by_row"),
     ('u + scale * (c - u)', 'c + scale * (c - u)', "context::test_guidance"),
     ('context[0, _index(name, list(classes))] += weight', 'context[0, _index(name, list(classes))] = weight', "context::test_mix"),
-    ('and not isinstance(name, bool) and', 'and', "context::test_one_hot_of_no_class"),
+    ('whole = isinstance(name, Real) and not isinstance(name, bool)', 'whole = isinstance(name, Real)', "context::test_one_hot_of_no_class"),
     ('if scale == 1: return cond', 'if scale == 1: return uncond', "context::test_guidance_by_1_and_0_is_the_prediction_itself"),
 ],
 "unet": [
