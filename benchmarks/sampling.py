@@ -8,8 +8,8 @@ has the difference from DDPM in all 500 calls with its paired error, and says wh
 (3) Speed of the samplers: one network, 64 sprites in 20 calls; what a sampler adds to its network calls.
 (4) Our own speed in float32 and bfloat16, on one thread and two, with the paired difference in quality.
 
-Each part is kept in build/sampling.json as soon as it is measured, and not measured again; remove the file to begin anew. `--until PART` stops there:
-the parts with speeds come first and want an idle machine, the others do not.
+Each part is kept in build/ as soon as it is measured, so that an interrupted run goes on; when all are measured, they are removed, and the next run begins
+anew. `--until PART` stops there: the parts with speeds come first and want an idle machine, the others do not.
 """
 import argparse
 import copy
@@ -35,7 +35,7 @@ from machine import RESULTS, in_turns, machine
 
 MARGIN = 0.03 # of KID: two rows whose difference is surely smaller count as equally good
 CALLS = (5, 10, 20, 50)
-KEPT = Path(__file__).parents[1] / "build" / "sampling.json"
+BUILD = Path(__file__).parents[1] / "build"
 SEEDS = (1, 2, 3) # of the noise
 MEMORY = """
 import resource
@@ -240,11 +240,12 @@ def main():
     parts = {"machine": machine, "memory": peak_memory, "sampler speed": lambda: sampler_speed(args.rounds), "own speed": lambda: own_speed(args.rounds),
              "floor": lambda: kid(features(more), real), "real spread": lambda: spread(images, context.argmax(1)),
              "half": lambda: half_the_bits(args.samples, real), "quality": lambda: quality(args.samples, real)}
-    results = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    kept = BUILD / f"sampling-{args.samples}-{args.rounds}.json"
+    results = json.loads(kept.read_text()) if kept.exists() else {}
     for name, measure in parts.items():
         if name not in results:
             results[name] = measure()
-            KEPT.write_text(json.dumps(results, indent=1))
+            kept.write_text(json.dumps(results, indent=1))
             print(name, "done", flush=True)
         if name == args.until: return
     results["ours"], results["theirs"] = results.pop("quality")
@@ -252,6 +253,7 @@ def main():
     text = report(results, args)
     (RESULTS / "sampling.md").write_text(text)
     plot(results["ours"]).savefig(RESULTS / "sampling.png", dpi=200, bbox_inches="tight")
+    kept.unlink()
     print(text)
 
 

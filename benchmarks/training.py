@@ -5,12 +5,13 @@
 The clock: all recipes take turns, a few steps each, on an otherwise idle machine; a recipe's second is its median step. A budget in seconds is then a
 number of steps, so it does not matter what else runs while the models are trained. Every recipe, budget and seed is a whole run of its own, because its
 learning rate ends at zero. Models that are in build/training already are not trained again; the runs can be shared out among processes with
---recipe and --seeds, and a last call without them judges all.
+--recipe and --seeds, and a last call without them judges all. Then the folder becomes build/training.done, and the next race begins anew.
 
 The judge: the same sampler in the same number of steps from the same noise for everybody, the same real sprites, the same frozen features.
 """
 import argparse
 import json
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -145,6 +146,9 @@ def main():
     text = report(results, args)
     (RESULTS / "training.md").write_text(text)
     plot(results).savefig(RESULTS / "training.png", dpi=200, bbox_inches="tight")
+    done = MODELS.with_suffix(".done")
+    shutil.rmtree(done, ignore_errors=True)
+    MODELS.rename(done)
     print(text)
 
 

@@ -131,7 +131,8 @@ def shifted(
 ) -> Schedule:
     """The same times with `factor` times the noise level (2301.11093, section 3.1;
     2301.10972). Raises ValueError unless the factor is a finite number above 0."""
-    guards.number("factor", factor, "a finite number above 0, such as side / 16", 1e-6)
+    expected = "a finite number above 0, such as side / 16"
+    guards.number("factor", factor, expected, 1e-300, 1e300)
     # sigma' = factor sigma, so alpha_bar' = alpha_bar / (alpha_bar + factor² (1 -
     # alpha_bar))
     signal, noise = self.alpha_bar, 1 - self.alpha_bar
