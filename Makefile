@@ -73,6 +73,7 @@ benchmarks: $(ready) $(peers) ## measure again what the benchmark tables say (a 
 	$(py) benchmarks/network.py
 	OMP_NUM_THREADS=1 $(py) benchmarks/training.py
 	OMP_NUM_THREADS=1 $(py) benchmarks/sampling.py
+	OMP_NUM_THREADS=1 $(py) benchmarks/flow.py
 	$(py) tools/run_lessons.py nbs/guides/benchmarks.ipynb
 	"$(bin)/nbdev_clean"
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREDICTIONS', 'Schedule', 'at', 'Prediction', 'signal_and_noise', 'prediction_from_eps', 'prediction_from_x0',
-           'prediction_from_v', 'wrapping', 'predictor', 'clipped', 'posterior', 'Step', 'visited', 'ddpm',
-           'ideal_predictor', 'sample', 'initial_noise', 'per_sample_noise', 'send']
+           'prediction_from_v', 'prediction_from_u', 'wrapping', 'predictor', 'clipped', 'posterior', 'Step', 'visited',
+           'ddpm', 'ideal_predictor', 'sample', 'initial_noise', 'per_sample_noise', 'send']
 
 # %% ../nbs/L1_Sampling.ipynb #71f7788b
 import sys
@@ -93,6 +93,23 @@ def cosine(
     share = torch.arange(T + 1, dtype=torch.float64) / T
     f = torch.cos((share + s) / (1 + s) * torch.pi / 2) ** 2
     return _from_betas((1 - f[1:] / f[:-1]).clamp(max=beta_max))
+
+# %% ../nbs/L1_Sampling.ipynb #88b89499
+#| code-fold: true
+#| code-summary: "The form of the package: Schedule.flow, for lesson 5"
+@patch(cls_method=True)
+def flow(
+    cls: Schedule,
+    T: int = 500, # number of times
+) -> Schedule:
+    """The straight line (1 - tau) x0 + tau eps with tau = t / T, scaled to variance 1
+    (flow matching, 2210.02747; rectified flow, 2209.03003): the subject of lesson 5. No
+    signal is left at T, so a network for it cannot predict the noise. Raises ValueError
+    for a bad T."""
+    guards.whole("T", T)
+    # alpha_bar = (1 - tau)² / ((1 - tau)² + tau²)
+    tau = torch.arange(T + 1, dtype=torch.float64) / T
+    return Schedule((1 - tau) ** 2 / ((1 - tau) ** 2 + tau**2))
 
 # %% ../nbs/L1_Sampling.ipynb #4a25eae1
 #| code-fold: true
@@ -207,7 +224,7 @@ def signal_and_noise(
 
 # %% ../nbs/L1_Sampling.ipynb #330e20f7
 #| code-fold: true
-#| code-summary: "The form of the package: three ways to a Prediction"
+#| code-summary: "The form of the package: four ways to a Prediction"
 def prediction_from_eps(eps, xt, t, schedule) -> Prediction:
     """The pair from the noise (DDPM, equation 15). Raises ValueError where no signal is
     left."""
@@ -228,8 +245,16 @@ def prediction_from_v(v, xt, t, schedule) -> Prediction:
     # eps = sqrt(1 - alpha_bar_t) x_t + sqrt(alpha_bar_t) v
     return Prediction(signal * xt - noise * v, noise * xt + signal * v)
 
+def prediction_from_u(u, xt, t, schedule) -> Prediction:
+    """The pair from u = eps - x_0, the velocity of the straight line between them (flow
+    matching, 2210.02747, equation 23; lesson 5)."""
+    signal, noise = signal_and_noise(t, xt, schedule, first=1)
+    # x_t = signal x_0 + noise eps and u = eps - x_0, solved for x_0 and eps
+    total = signal + noise
+    return Prediction((xt - noise * u) / total, (xt + signal * u) / total)
+
 PREDICTIONS = {"eps": prediction_from_eps, "x0": prediction_from_x0,
-               "v": prediction_from_v}
+               "v": prediction_from_v, "u": prediction_from_u}
 
 # %% ../nbs/L1_Sampling.ipynb #e21d8e19
 #| code-fold: true
@@ -259,7 +284,7 @@ def predictor(
     net: nn.Module, # called as net(xt, t) or net(xt, t, context)
     schedule: Schedule,
     context: Tensor | None = None, # (n, n_context), or (1, n_context) for all samples
-    kind: str | None = None, # it predicts "eps", "x0" or "v"; by default `net.predicts`
+    kind: str | None = None, # "eps", "x0", "v" or "u"; by default `net.predicts`
 ) -> Callable: # predict(xt, t) -> Prediction
     """Wrap a network as `predict(xt, t) -> Prediction`, the only thing that a sampler
     needs. The network is asked on the device where it is, and the answer comes back to

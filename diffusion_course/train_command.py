@@ -170,6 +170,11 @@ def _average_of(state, net):
     return net.eval()
 
 # %% ../nbs/toolkit/train_command.ipynb #12594d10
+def _check_schedule(schedule, predicts):
+    if schedule not in ("cosine", "linear", "flow"): raise ValueError(f"--schedule {schedule}: expected cosine, linear or flow")
+    if schedule == "flow" and predicts == "eps":
+        raise ValueError("--schedule flow with --predicts eps: its last time holds no picture, so none can be found from the noise alone; expected --predicts u, v or x0")
+
 def train(
     data: str = "", # a folder of pictures, or two .npy files: images.npy,labels.npy; by default drawn sprites
     out: str = "model.safetensors", # where the trained model goes
@@ -177,7 +182,8 @@ def train(
     batch_size: int = 64, # images in a step
     lr: float = 3e-3, # largest learning rate
     n_feat: int = 32, # channels of the network at full resolution, a multiple of 8
-    predicts: str = "v", # what the network predicts: eps, x0 or v
+    predicts: str = "v", # what the network predicts: eps, x0, v or u
+    schedule: str = "cosine", # how the noise grows: cosine, linear or flow
     drop: float = 0.1, # share of the contexts that is dropped, so that the model can be guided
     images: int = 20_000, # drawn sprites only: how many
     size: int = 16, # folder only: pixels per side, a multiple of 4
@@ -207,6 +213,7 @@ def train(
     check_number("lr", lr, 1e-9, 10)
     ContextUnet(channels, n_feat, 0, predicts, 1) # refuses what makes no network before anything is read
     depth_for(size)
+    _check_schedule(schedule, predicts)
     if strips not in ("keep", "cut"): raise ValueError(f"--strips {strips}: expected keep or cut")
     device, source = device_named(device), data
     out = free_to_write(out, ".safetensors")
@@ -218,7 +225,8 @@ def train(
         steps = steps or steps_for(len(data), size, batch_size)
         torch.manual_seed(seed)
         net = ContextUnet(channels, n_feat, len(data.class_names), predicts, depth_for(size))
-        schedule = Schedule.cosine().shifted(size / 16) if size != 16 else Schedule.cosine()
+        schedule = getattr(Schedule, schedule)()
+        if size != 16: schedule = schedule.shifted(size / 16)
         options = dict(steps=steps, batch_size=batch_size, lr=lr, ema=0.99, seed=seed, device=device, optimizer=muon,
                        loss=with_dropped_context(partial(prediction_loss, times=middle_times), drop))
         _say_plan(net, data, schedule, options, state, folder)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from . import guards
 
 # %% ../nbs/toolkit/unet.ipynb #88aefcd9
-PREDICTIONS = ("eps", "x0", "v")      # what a network can be trained to predict
+PREDICTIONS = ("eps", "x0", "v", "u")      # what a network can be trained to predict
 GROUPS = 8                            # channels are normalised in this many groups
 
 # %% ../nbs/toolkit/unet.ipynb #69f06140
@@ -68,7 +68,7 @@ def _zero(layer):
 
 # %% ../nbs/toolkit/unet.ipynb #2a3b0cd6
 class ContextUnet(nn.Module):
-    """A U-Net that predicts `eps`, `x0` or `v` from a noisy image, its time and a context, at `depth` + 1 resolutions.
+    """A U-Net that predicts `eps`, `x0`, `v` or `u` from a noisy image, its time and a context, at `depth` + 1 resolutions.
 
     Raises ValueError or TypeError for constructor arguments and inputs that do not fit; the message says what to do."""
 
@@ -76,7 +76,7 @@ class ContextUnet(nn.Module):
         in_channels: int = 3,       # channels of the images
         n_feat: int = 32,           # channels at full resolution; twice and four times as many below. A multiple of 8
         n_context: int = 5,         # width of a context vector; 0 for a network without context
-        predicts: str = "eps",      # what the output means: "eps", "x0" or "v"
+        predicts: str = "eps",      # what the output means: "eps", "x0", "v" or "u"
         depth: int = 2,             # how often an image is halved, 1 ... 6: 2 for 16 x 16 pixels, 3 for 32 x 32
     ):
         super().__init__()

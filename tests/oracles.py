@@ -383,7 +383,7 @@ def check_loss(loss, schedule, kind, *, seed=0, n=64):
     xt = signal * x0 + noise * eps
     assert torch.equal(net.calls[0][1], t), f"times in the loss: {net.calls[0][1].tolist()}, expected {t.tolist()}"
     close(net.calls[0][0], xt, "noisy images in the loss", rtol=1e-5, atol=1e-5)
-    target = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[kind]
+    target = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0, "u": eps - x0}[kind]
     close(value, ((0.1 * xt - target) ** 2).mean(), "value of the loss", rtol=1e-5, atol=1e-6)
 
 def check_loss_times(loss, T=4, n=4000):

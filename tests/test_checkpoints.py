@@ -512,7 +512,7 @@ def test_shipped_model_fits_its_limit():
     for path in shipped.glob("*.safetensors"): assert path.stat().st_size <= 4 * 10**6, path.name
     for name in ("sprites",): # features.safetensors is the judge of the metrics, not a diffusion model
         net, schedule = pretrained(name)
-        assert net.predicts in ("eps", "x0", "v") and isinstance(schedule, Schedule)
+        assert net.predicts in ("eps", "x0", "v", "u") and isinstance(schedule, Schedule)
 
 
 def test_foreign_files_with_the_names_of_states_stay(tmp_path):

@@ -119,6 +119,14 @@ def test_train_on_a_folder_then_sample(here):
     assert run("sample", "dogs", "--n", 2, "--steps", 2, "--model", "pets.safetensors", "--out", "dog.png") == 0
     assert Image.open("dog.png").size == (8 * (2 * 8 + 3), 8 * (8 + 2))
 
+@pytest.mark.parametrize("schedule, predicts", [("flow", "u"), ("flow", "v"), ("linear", "eps")])
+def test_a_model_of_another_schedule(here, capsys, schedule, predicts):
+    assert run(*TRAIN, "--steps", 2, "--schedule", schedule, "--predicts", predicts, "--out", "m.safetensors") == 0
+    net, header = load_model("m.safetensors")
+    assert net.predicts == predicts and torch.equal(header["schedule"].alpha_bar, getattr(Schedule, schedule)().alpha_bar)
+    assert run("sample", "hero", "--model", "m.safetensors", "--steps", 3, "--n", 2, "--out", "m.png") == 0 and Path("m.png").exists()
+    capsys.readouterr()
+
 def test_interrupted_and_resumed_is_uninterrupted(here, capsys):
     assert run(*TRAIN, "--steps", 12, "--out", "whole.safetensors") == 0
     command = [sys.executable, "-c", "import sys; from diffusion_course.cli import main; sys.exit(main())", *TRAIN, "--steps", "12", "--out", "parts.safetensors"]
@@ -136,7 +144,7 @@ def test_interrupted_and_resumed_is_uninterrupted(here, capsys):
 
 @pytest.mark.parametrize("argv, words", [
     (["--data", "nowhere"], "nowhere"), (["--data", "a.npy,b.npy"], "a.npy"), (["--steps", -1], "--steps -1"), (["--out", "x.pt"], ".safetensors"), (["--resume"], "no training to resume"), (["--n-feat", 7], "n_feat"),
-    (["--predicts", "noise"], "predicts"), (["--drop", 2], "--drop 2"), (["--images", 0], "--images 0"),
+    (["--predicts", "noise"], "predicts"), (["--schedule", "bent"], "--schedule bent"), (["--schedule", "flow", "--predicts", "eps"], "holds no picture"), (["--drop", 2], "--drop 2"), (["--images", 0], "--images 0"),
 ], ids=str)
 def test_mistakes_in_train(here, capsys, argv, words):
     assert run(*TRAIN, *argv) == 2 and words in one_line(capsys) and not list(here.iterdir())

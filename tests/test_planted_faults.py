@@ -37,6 +37,19 @@ TABLE = {
     ('data=mark and f"sha256 {mark[:16]}"', 'data=None', "resume::test_another_run_is_refused_by_name"),
     ('or len(parts) > 2:', 'or False:', "resume::test_items_that_are_no_images_are_named"),
 ],
+"flow_matching": [
+    ('return noise / (signal + noise)', 'return noise', "flow_matching::test_flow_is_the_straight_line"),
+    ('paired[rows] = eps[rows[torch.as_tensor(partner)]]', 'paired[rows[torch.as_tensor(partner)]] = eps[rows]', "flow_matching::test_coupled_noise_is_the_best_order"),
+    ('if context is not None: groups', 'if False: groups', "flow_matching::test_coupled_noise_stays_within_a_context"),
+    ('x0, start = pairs.chunk(2, dim=1)', 'start, x0 = pairs.chunk(2, dim=1)', "flow_matching::test_pair_loss_by_hand"),
+    ('.abs().argmin(0) + 1', '.abs().argmin(0)', "flow_matching::test_on_schedule_by_the_nearest_time"),
+    ('return prediction_from_x0(x0, xt, t, schedule)', 'return predict(xt, t)', "flow_matching::test_on_schedule_asks_at_the_same_noise_level"),
+    ('.flatten(1).norm(dim=1) / steps.sum(0)', '.flatten(1).norm(dim=1) / steps.mean(0)', "flow_matching::test_detour"),
+],
+"check_flow": [
+    ('lambda u, x, tau: x + (1 - tau) * u, inputs', 'lambda u, x, tau: x - tau * u, inputs', "flow_matching::test_right_answers"),
+    ('compare(answer, of(lambda way, direct: 1 - direct / way), inputs', 'compare(answer, of(lambda way, direct: direct / way), inputs', "flow_matching::test_right_answers"),
+],
 "arguments": [
     ('eta = ETAS.get(name) if eta is None else eta', 'eta = eta', "cli::test_the_default_is_what_drew_best"),
     ('if not value >= low or', 'if not value > low or', "cli::test_numbers_are_classes_too"),

@@ -130,15 +130,16 @@ def test_perfect_network_has_no_loss(kind, schedule):
     def answer(xt, t):
         ab = schedule.alpha_bar[t].view(-1, 1, 1, 1)
         eps = (xt - ab.sqrt() * x0) / (1 - ab).sqrt()
-        return {"eps": eps, "x0": x0, "v": ab.sqrt() * eps - (1 - ab).sqrt() * x0}[kind]
+        return {"eps": eps, "x0": x0, "v": ab.sqrt() * eps - (1 - ab).sqrt() * x0, "u": eps - x0}[kind]
     assert_close(prediction_loss(Recorder(answer, kind), x0, None, schedule).item(), 0.0, rtol=0, atol=1e-8)
 
 def test_network_that_says_nothing():
-    "Zero for the noise misses a variance of 1; zero for the image, or for v, that of the data and noise together."
+    "Zero for the noise misses a variance of 1, for the image or for v as well (these data have variance 1), for u that of data and noise."
     x0 = torch.randn(512, 3, 8, 8, generator=seeded(9))
     for kind in PREDICTIONS:
         value = prediction_loss(Recorder(predicts=kind), x0, None, S, generator=seeded()).item()
-        assert_close(value, 1.0, rtol=0, atol=5 * (2 / x0.numel()) ** 0.5)
+        want = 2.0 if kind == "u" else 1.0 # u = eps - x0 holds the variance of both
+        assert_close(value, want, rtol=0, atol=5 * want * (2 / x0.numel()) ** 0.5)
     assert prediction_loss(random_unet(predicts="eps"), x0[:8], None, S, generator=seeded()) > 0
 
 def test_loss_is_a_function_of_the_generator():
