@@ -258,7 +258,7 @@ PREDICTIONS = {"eps": prediction_from_eps, "x0": prediction_from_x0,
 
 # %% ../nbs/L1_Sampling.ipynb #e21d8e19
 #| code-fold: true
-#| code-summary: "The form of the package: what the wrappers of a network share"
+#| code-summary: "The form of the package: what the wrappers of a network share (for batches and devices; skip it at first)"
 def wrapping(
     predict: Callable, # a new predict(xt, t) -> Prediction
     again: Callable, # again(*others) -> the same wrapper around other predictions

@@ -89,7 +89,7 @@ def middle_times(
     T: int,
     generator: torch.Generator | None = None,
 ) -> Tensor: # int (n,)
-    "Times 1 … T around the middle: logit-normal (Esser et al., 2403.03206, section 3.1)."
+    "Times 1 … T around the middle: logit-normal (Esser et al., 2403.03206, 3.1)."
     # t / T = sigmoid(z), z ~ N(0, 1)
     share = torch.randn(n, generator=generator).sigmoid()
     return (share * T).long().clamp(max=T - 1) + 1
