@@ -52,7 +52,8 @@ def test_straight_coordinates(schedule):
     with pytest.raises(ValueError): straight(x0, schedule.T + 1, schedule)
     with pytest.raises(ValueError): straight(x0, -1, schedule)
 
-@pytest.mark.parametrize("sampler", [ddpm, ddim, heun, dpmpp_2m, partial(dpmpp_2m, eta=1.0), partial(ddim, eta=0.5)], ids=str)
+@pytest.mark.parametrize("sampler", [ddpm, ddim, heun, dpmpp_2m, partial(dpmpp_2m, eta=1.0), partial(ddim, eta=0.5)],
+                         ids=["ddpm", "ddim", "heun", "2m", "2m, eta 1", "ddim, eta 0.5"])
 @pytest.mark.parametrize("n", [3, 10, 33, 500])
 def test_every_sampler_walks_the_flow(sampler, n):
     images = random_images(64)
