@@ -61,6 +61,9 @@ def flow_loss(answer: Callable) -> Result:
             return reduce((net(mix(x0, eps, wide), time(tau)) - target(x0, eps)).square())
         return of
     compare(answer, loss(), inputs, {
+        "this is the convention of the flow-matching papers, where time 1 is data. Here time 1 is noise: x_tau = (1 - tau) x0 + tau eps, u = eps - x0.":
+            loss(mix=lambda x0, eps, tau: tau * x0 + (1 - tau) * eps, target=lambda x0, eps: x0 - eps),
+        "the mix and the time that the network is told are both those of 1 - tau.": loss(mix=lambda x0, eps, tau: tau * x0 + (1 - tau) * eps, time=lambda tau: 1 - tau),
         "tau and 1 - tau have changed places: at tau = 0 the picture is clean.": loss(mix=lambda x0, eps, tau: tau * x0 + (1 - tau) * eps),
         "the network was told 1 - tau: it must know the time of its input.": loss(time=lambda tau: 1 - tau),
         "the sign of the target is wrong: at growing tau the line goes to the noise, u = eps - x0.": loss(target=lambda x0, eps: x0 - eps),
