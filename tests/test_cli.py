@@ -209,7 +209,7 @@ def test_data_in_the_folder_where_the_model_goes(here):
     assert run(*argv[:3], "--out", "again.safetensors", *QUICK) == 0
     assert load_model("again.safetensors")[1]["classes"] == ["cats", "dogs"]
 
-@pytest.mark.parametrize("change, word", [(["--predicts", "eps"], "network"), (["--n-feat", 16], "network"), (["--channels", 1], "image_shape|network"),
+@pytest.mark.parametrize("change, word", [(["--predicts", "eps"], "network"), (["--schedule", "flow"], "schedule"), (["--n-feat", 16], "network"), (["--channels", 1], "image_shape|network"),
                                           (["--size", 16], "network|image_shape"), (["--drop", 0.3], "loss"), (["--lr", 0.1], "lr"), (["--seed", 4], "seed"),
                                           (["--data", "same-count"], "data"), (["--data", "other-names"], "classes"), (["--mirror"], "images"), (["--batch-size", 3], "batch_size")], ids=str)
 def test_a_resumed_run_names_what_differs(here, capsys, change, word):
