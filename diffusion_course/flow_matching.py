@@ -79,12 +79,13 @@ class Pairs(Dataset):
     all have the same length and the two the same shape."""
     def __init__(self,
         x0: Tensor, # (n, c, h, w) where the lines end, at tau = 0
-        start: Tensor, # (n, c, h, w) where they start, at tau = 1: noise, or other images
+        start: Tensor, # (n, c, h, w) where they start: noise, or other images
         context: Tensor | None = None, # (n, n_context)
     ):
         guards.shaped("start", start, x0.shape)
         if context is not None and len(context) != len(x0):
-            raise ValueError(f"{len(context)} contexts for {len(x0)} pairs: expected one each")
+            raise ValueError(f"{len(context)} contexts for {len(x0)} pairs: "
+                             "expected one each")
         self.both, self.context = torch.cat([x0, start], dim=1), context
 
     def __len__(self): return len(self.both)
@@ -103,8 +104,8 @@ def pair_loss(
     """`prediction_loss` along the lines between given pairs (rectified flow,
     2209.03003, equation 1). Raises ValueError for an odd number of channels."""
     if pairs.shape[1] % 2:
-        raise ValueError(f"pairs of shape {tuple(pairs.shape)}: expected an even number of "
-                         "channels, an image and its start, as `Pairs` gives them")
+        raise ValueError(f"pairs of shape {tuple(pairs.shape)}: expected an even "
+                         "number of channels: images and starts, as `Pairs` has them")
     x0, start = pairs.chunk(2, dim=1)
     return prediction_loss(net, x0, context, schedule, times=times,
                            noise=lambda *_: start, generator=generator)
