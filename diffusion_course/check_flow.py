@@ -21,15 +21,22 @@ def noise_from_velocity(answer: Callable) -> Result:
     def inputs(k, g):
         return *torch.randn(2, k + 1, 3, 8, 8, generator=g), torch.rand((), generator=g).item()
     compare(answer, lambda u, x, tau: x + (1 - tau) * u, inputs, {
-        "this is x0. The noise lies at tau = 1, in this course (many texts put it at 0).": lambda u, x, tau: x - tau * u,
-        "the sign is wrong: u = eps - x0 points to the noise.": lambda u, x, tau: x - (1 - tau) * u,
-        "you went tau on: from tau to 1 there is 1 - tau to go.": lambda u, x, tau: x + tau * u,
-        "you went the whole line: x_tau lies on the way already.": lambda u, x, tau: x + u,
+        "this is x0. The noise lies at tau = 1, in this course (many texts put it at "
+        "0).":
+            lambda u, x, tau: x - tau * u,
+        "the sign is wrong: u = eps - x0 points to the noise.":
+            lambda u, x, tau: x - (1 - tau) * u,
+        "you went tau on: from tau to 1 there is 1 - tau to go.":
+            lambda u, x, tau: x + tau * u,
+        "you went the whole line: x_tau lies on the way already.":
+            lambda u, x, tau: x + u,
         "this is x_tau / tau, as if no picture were in it.": lambda u, x, tau: x / tau,
         "this is u alone. Go on from x_tau along u.": lambda u, x, tau: u,
-    }, hint="you stand at tau on a straight line and walk at the velocity u; the noise lies at time 1.")
+    }, hint="you stand at tau on a straight line and walk at the velocity u; the "
+            "noise lies at time 1.")
     return "one line turns a velocity into a noise, so every sampler of the course can use it."
 
+# %% ../nbs/toolkit/check_flow.ipynb #83655a55
 @checker
 def clock(answer: Callable) -> Result:
     """Lesson 5, exercise 2: answer(alpha_bar) -> tau. alpha_bar is a tensor of numbers
@@ -37,16 +44,29 @@ def clock(answer: Callable) -> Result:
     def inputs(k, g): return (torch.rand(k + 3, generator=g, dtype=torch.float64) * 0.98 + 0.01,)
     def of(f): return lambda ab: f(ab.sqrt(), (1 - ab).sqrt())
     compare(answer, of(lambda signal, noise: noise / (signal + noise)), inputs, {
-        "this is the share of the signal: tau is 0 where alpha_bar is 1.": of(lambda signal, noise: signal / (signal + noise)),
-        "the roots are missing: alpha_bar is a share of the variance, tau one of the standard deviation.": lambda ab: 1 - ab,
-        "this is sqrt(1 - alpha_bar), the factor of the noise in x_t: the factors of a straight line add up to 1.": of(lambda signal, noise: noise),
-        "this is sigma, the ratio of noise and signal. Solve tau / (1 - tau) = sigma for tau.": of(lambda signal, noise: noise / signal),
-        "sigma / (1 - sigma) solves the wrong equation: try tau = sigma (1 - tau).": of(lambda signal, noise: noise / (signal - noise)),
-        "this is 1 - sqrt(alpha_bar): the two factors do not add up to 1.": of(lambda signal, noise: 1 - signal),
-        "this is an angle: the cosine schedule walks it evenly, the straight line does not.": of(lambda signal, noise: torch.atan2(noise, signal) * 2 / torch.pi),
-    }, hint="the mix decides: noise over signal is sqrt((1 - alpha_bar) / alpha_bar) here and tau / (1 - tau) there.")
+        "this is the share of the signal: tau is 0 where alpha_bar is 1.":
+            of(lambda signal, noise: signal / (signal + noise)),
+        "the roots are missing: alpha_bar is a share of the variance, tau one of the "
+        "standard deviation.":
+            lambda ab: 1 - ab,
+        "this is sqrt(1 - alpha_bar), the factor of the noise in x_t: the factors of "
+        "a straight line add up to 1.":
+            of(lambda signal, noise: noise),
+        "this is sigma, the ratio of noise and signal. Solve tau / (1 - tau) = sigma "
+        "for tau.":
+            of(lambda signal, noise: noise / signal),
+        "sigma / (1 - sigma) solves the wrong equation: try tau = sigma (1 - tau).":
+            of(lambda signal, noise: noise / (signal - noise)),
+        "this is 1 - sqrt(alpha_bar): the two factors do not add up to 1.":
+            of(lambda signal, noise: 1 - signal),
+        "this is an angle: the cosine schedule walks it evenly, the straight line "
+        "does not.":
+            of(lambda signal, noise: torch.atan2(noise, signal) * 2 / torch.pi),
+    }, hint="the mix decides: noise over signal is sqrt((1 - alpha_bar) / "
+            "alpha_bar) here and tau / (1 - tau) there.")
     return "every schedule walks the same straight line, only at another pace."
 
+# %% ../nbs/toolkit/check_flow.ipynb #c9279f09
 @checker
 def flow_loss(answer: Callable) -> Result:
     """Lesson 5, exercise 3: answer(net, x0, eps, tau) -> the loss, a number. Images are
@@ -55,32 +75,54 @@ def flow_loss(answer: Callable) -> Result:
         factor = torch.randn((), generator=g).item()
         def net(x, tau): return factor * x + torch.as_tensor(tau).view(-1, 1, 1, 1) ** 2
         return net, *torch.randn(2, k + 2, 3, 4, 4, generator=g), torch.rand(k + 2, generator=g)
-    def loss(mix=lambda x0, eps, tau: (1 - tau) * x0 + tau * eps, target=lambda x0, eps: eps - x0, time=lambda tau: tau, reduce=torch.mean):
+    def loss(mix=lambda x0, eps, tau: (1 - tau) * x0 + tau * eps,
+             target=lambda x0, eps: eps - x0, time=lambda tau: tau, reduce=torch.mean):
         def of(net, x0, eps, tau):
             wide = tau.view(-1, 1, 1, 1)
             return reduce((net(mix(x0, eps, wide), time(tau)) - target(x0, eps)).square())
         return of
     compare(answer, loss(), inputs, {
-        "this is the convention of the flow-matching papers, where time 1 is data. Here time 1 is noise: x_tau = (1 - tau) x0 + tau eps, u = eps - x0.":
-            loss(mix=lambda x0, eps, tau: tau * x0 + (1 - tau) * eps, target=lambda x0, eps: x0 - eps),
-        "the mix and the time that the network is told are both those of 1 - tau.": loss(mix=lambda x0, eps, tau: tau * x0 + (1 - tau) * eps, time=lambda tau: 1 - tau),
-        "tau and 1 - tau have changed places: at tau = 0 the picture is clean.": loss(mix=lambda x0, eps, tau: tau * x0 + (1 - tau) * eps),
-        "the network was told 1 - tau: it must know the time of its input.": loss(time=lambda tau: 1 - tau),
-        "the sign of the target is wrong: at growing tau the line goes to the noise, u = eps - x0.": loss(target=lambda x0, eps: x0 - eps),
-        "the target is the noise: that is the loss of lesson 2. The velocity is eps - x0.": loss(target=lambda x0, eps: eps),
-        "the target is the picture: the velocity is eps - x0.": loss(target=lambda x0, eps: x0),
-        "these are the roots of a schedule of lesson 1: on a straight line the factors are 1 - tau and tau.":
+        "this is the convention of the flow-matching papers, where time 1 is data. "
+        "Here time 1 is noise: x_tau = (1 - tau) x0 + tau eps, u = eps - x0.":
+            loss(mix=lambda x0, eps, tau: tau * x0 + (1 - tau) * eps,
+                 target=lambda x0, eps: x0 - eps),
+        "the mix and the time that the network is told are both those of 1 - tau.":
+            loss(mix=lambda x0, eps, tau: tau * x0 + (1 - tau) * eps, time=lambda tau: 1 - tau),
+        "tau and 1 - tau have changed places: at tau = 0 the picture is clean.":
+            loss(mix=lambda x0, eps, tau: tau * x0 + (1 - tau) * eps),
+        "the network was told 1 - tau: it must know the time of its input.":
+            loss(time=lambda tau: 1 - tau),
+        "the sign of the target is wrong: at growing tau the line goes to the noise, "
+        "u = eps - x0.":
+            loss(target=lambda x0, eps: x0 - eps),
+        "the target is the noise: that is the loss of lesson 2. The velocity is eps "
+        "- x0.":
+            loss(target=lambda x0, eps: eps),
+        "the target is the picture: the velocity is eps - x0.":
+            loss(target=lambda x0, eps: x0),
+        "these are the roots of a schedule of lesson 1: on a straight line the "
+        "factors are 1 - tau and tau.":
             loss(mix=lambda x0, eps, tau: (1 - tau).sqrt() * x0 + tau.sqrt() * eps),
-        "this is a sum: take the mean over all numbers, so that the loss does not grow with the batch.": loss(reduce=torch.sum),
-        "the batch was summed: take the mean over all numbers.": lambda net, x0, eps, tau: len(x0) * loss()(net, x0, eps, tau),
-        "the error is not squared: an absolute error has the median as its best answer, not the mean.":
-            lambda net, x0, eps, tau: (net((1 - tau.view(-1, 1, 1, 1)) * x0 + tau.view(-1, 1, 1, 1) * eps, tau) - (eps - x0)).abs().mean(),
-        "the network saw the clean picture: give it x_tau.": loss(mix=lambda x0, eps, tau: x0),
-        "all images were mixed with the first tau: each has its own.": lambda net, x0, eps, tau: loss(mix=lambda x0, eps, _: (1 - tau[0]) * x0 + tau[0] * eps)(net, x0, eps, tau),
-    }, hint="mix x_tau with a tau of shape (n, 1, 1, 1), ask net(x_tau, tau), compare with eps - x0, square, mean.")
+        "this is a sum: take the mean over all numbers, so that the loss does not "
+        "grow with the batch.":
+            loss(reduce=torch.sum),
+        "the batch was summed: take the mean over all numbers.":
+            lambda net, x0, eps, tau: len(x0) * loss()(net, x0, eps, tau),
+        "the error is not squared: an absolute error has the median as its best "
+        "answer, not the mean.":
+            loss(reduce=lambda squares: squares.sqrt().mean()),
+        "the network saw the clean picture: give it x_tau.":
+            loss(mix=lambda x0, eps, tau: x0),
+        "all images were mixed with the first tau: each has its own.":
+            lambda net, x0, eps, tau: loss(
+                mix=lambda x0, eps, _: (1 - tau[0]) * x0 + tau[0] * eps)(net, x0, eps, tau),
+    }, hint="mix x_tau with a tau of shape (n, 1, 1, 1), ask net(x_tau, tau), "
+            "compare with eps - x0, square, mean.")
     return "three lines, and no schedule had to be chosen."
 
-def _walk(step=lambda x, u, t, s: x - (t - s) * u, time=lambda t, s: t, ks=lambda n: range(n, 0, -1)):
+# %% ../nbs/toolkit/check_flow.ipynb #818d2850
+def _walk(step=lambda x, u, t, s: x - (t - s) * u, time=lambda t, s: t,
+          ks=lambda n: range(n, 0, -1)):
     def walk(velocity, x, n):
         for k in ks(n): x = step(x, velocity(x, time(k / n, (k - 1) / n)), k / n, (k - 1) / n)
         return x
@@ -95,36 +137,58 @@ def euler(answer: Callable) -> Result:
         def velocity(x, tau): return a * x + b * tau + 0.3 * x * tau**2
         return velocity, torch.randn(k + 2, 2, generator=g), (1, 2, 3, 5, 7, 10, 30, 4)[k]
     compare(answer, _walk(), inputs, {
-        "you walk with the velocity, to more noise: from tau = 1 to 0 the step is -1 / n.": _walk(lambda x, u, t, s: x + (t - s) * u),
-        "the velocity was asked about the end of each step: ask where you stand.": _walk(time=lambda t, s: s),
-        "the velocity was told 1 - tau: in this course tau = 1 is noise.": _walk(time=lambda t, s: 1 - t),
-        "you walk from tau = 0 to 1: sampling begins at the noise, tau = 1.": _walk(time=lambda t, s: t, ks=lambda n: range(1, n + 1)),
-        "the last step is missing: it goes to tau = 0.": _walk(ks=lambda n: range(n, 1, -1)),
+        "you walk with the velocity, to more noise: from tau = 1 to 0 the step is -1 "
+        "/ n.":
+            _walk(lambda x, u, t, s: x + (t - s) * u),
+        "the velocity was asked about the end of each step: ask where you stand.":
+            _walk(time=lambda t, s: s),
+        "the velocity was told 1 - tau: in this course tau = 1 is noise.":
+            _walk(time=lambda t, s: 1 - t),
+        "you walk from tau = 0 to 1: sampling begins at the noise, tau = 1.":
+            _walk(time=lambda t, s: t, ks=lambda n: range(1, n + 1)),
+        "the last step is missing: it goes to tau = 0.":
+            _walk(ks=lambda n: range(n, 1, -1)),
         "there is one step too many, at tau = 0.": _walk(ks=lambda n: range(n, -1, -1)),
         "the steps are not divided by n.": _walk(lambda x, u, t, s: x - u),
-        "each step was multiplied by tau: on a straight line the step is (t - s) u.": _walk(lambda x, u, t, s: x - t * (t - s) * u),
-        "velocity was asked about the first x in every step: ask about the current one.": lambda velocity, x, n: x - sum(velocity(x, k / n) / n for k in range(n, 0, -1)),
-        "the times were counted from 0 … n: velocity expects tau between 0 and 1.": _walk(time=lambda t, s: round(t / (t - s))),
+        "each step was multiplied by tau: on a straight line the step is (t - s) u.":
+            _walk(lambda x, u, t, s: x - t * (t - s) * u),
+        "velocity was asked about the first x in every step: ask about the current "
+        "one.":
+            lambda velocity, x, n: x - sum(velocity(x, k / n) / n
+                                           for k in range(n, 0, -1)),
+        "the times were counted from 0 … n: velocity expects tau between 0 and 1.":
+            _walk(time=lambda t, s: round(t / (t - s))),
     }, hint="for k = n, n - 1, …, 1: x = x - velocity(x, k / n) / n.")
     return "this loop samples every flow-matching model, from a toy to Stable Diffusion 3."
 
+# %% ../nbs/toolkit/check_flow.ipynb #c6b6a410
 @checker
 def detour(answer: Callable) -> Result:
     """Lesson 5, exercise 5: answer(states) -> (n,), the share of each way that is
     detour. states is (k+1, n, d): every state of n walks, in straight coordinates."""
-    def inputs(k, g): return (torch.randn(k + 2, k + 3, 4, generator=g, dtype=torch.float64).cumsum(0),)
+    def inputs(k, g):
+        steps = torch.randn(k + 2, k + 3, 4, generator=g, dtype=torch.float64)
+        return (steps.cumsum(0),)
     def parts(xs): return (xs[1:] - xs[:-1]).norm(dim=2).sum(0), (xs[-1] - xs[0]).norm(dim=1)
     def of(f): return lambda xs: f(*parts(xs))
     compare(answer, of(lambda way, direct: 1 - direct / way), inputs, {
-        "this is the share that is not detour: take it from 1.": of(lambda way, direct: direct / way),
-        "this is the detour beside the direct way: divide by the way that was walked.": of(lambda way, direct: way / direct - 1),
-        "this is the length of the way beside the direct one.": of(lambda way, direct: way / direct),
-        "this is the detour in pixels: divide it by the length of the way.": of(lambda way, direct: way - direct),
-        "the walks were averaged: give one number for each.": of(lambda way, direct: (1 - direct / way).mean()),
+        "this is the share that is not detour: take it from 1.":
+            of(lambda way, direct: direct / way),
+        "this is the detour beside the direct way: divide by the way that was walked.":
+            of(lambda way, direct: way / direct - 1),
+        "this is the length of the way beside the direct one.":
+            of(lambda way, direct: way / direct),
+        "this is the detour in pixels: divide it by the length of the way.":
+            of(lambda way, direct: way - direct),
+        "the walks were averaged: give one number for each.":
+            of(lambda way, direct: (1 - direct / way).mean()),
         "squares add up to something else: take the length of each step, then the sum.":
             lambda xs: 1 - parts(xs)[1] / (xs[1:] - xs[:-1]).square().sum((0, 2)).sqrt(),
-        "the absolute values of the coordinates were added: the length of a step is the root of the sum of squares.":
+        "the absolute values of the coordinates were added: the length of a step is "
+        "the root of the sum of squares.":
             lambda xs: 1 - (xs[-1] - xs[0]).abs().sum(1) / (xs[1:] - xs[:-1]).abs().sum((0, 2)),
-    }, hint="the way is the sum of the lengths of all steps; the direct way leads from the first state to the last.")
+    }, hint="the way is the sum of the lengths of all steps; the direct way leads "
+            "from the first state to the last.")
     line = torch.linspace(0, 1, 5).view(5, 1, 1) * torch.ones(1, 1, 3)
-    return f"and on a straight line it is {abs(float(torch.as_tensor(answer(line)).reshape(-1)[0])):.3f}."
+    (found,) = torch.as_tensor(answer(line)).abs().tolist()
+    return f"and on a straight line it is {found:.3f}."

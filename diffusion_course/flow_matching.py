@@ -7,7 +7,6 @@ __all__ = ['clock', 'straight', 'detour', 'coupled_noise', 'Pairs', 'pair_loss',
 
 # %% ../nbs/L5_FlowMatching.ipynb #aeb5841e
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from scipy.optimize import linear_sum_assignment
