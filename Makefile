@@ -74,6 +74,7 @@ benchmarks: $(ready) $(peers) ## measure again what the benchmark tables say (a 
 	OMP_NUM_THREADS=1 $(py) benchmarks/training.py
 	OMP_NUM_THREADS=1 $(py) benchmarks/sampling.py
 	OMP_NUM_THREADS=1 $(py) benchmarks/flow.py
+	$(py) benchmarks/few_steps.py
 	$(py) tools/run_lessons.py nbs/guides/benchmarks.ipynb
 	"$(bin)/nbdev_clean"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastcore.script import anno_parser, store_true
 
-from .arguments import check_number, context_named, model_named, prediction, sampler_named
+from .arguments import check_number, context_named, model_named, prediction, sampler_named, walk_named
 from .evaluate_command import evaluate
 from .train_command import suggestion, train
 
@@ -23,8 +23,8 @@ MOVING = 256 # images at most in an animation
 def sample(
     context: str, # what to draw: a class, a mixture such as hero=1,food=0.6, or none
     n: int = 16, # number of images
-    sampler: str = "dpmpp_2m", # ddpm, ddim, heun or dpmpp_2m
-    steps: int = 20, # steps from noise to image
+    sampler: str = None, # ddpm, ddim, heun, dpmpp_2m or jumps; by default what the model was made for, as a rule dpmpp_2m
+    steps: int = None, # steps from noise to image; by default what the model was made for, as a rule 20
     eta: float = None, # fresh noise in each step, 0 to 1, for ddim (0 by default) and dpmpp_2m (1 by default: it draws best)
     guidance: float = 1.0, # 0 no context, 1 the context as it is, above 1 exaggerated
     seed: int = 0, # another seed, other images; the same seed, the same images
@@ -38,10 +38,10 @@ def sample(
     from diffusion_course.sampling import sample as draw
     for name, value in dict(n=n, ncols=ncols).items(): check_number(name, value, 1)
     check_number("seed", seed, 0)
-    kind, called = sampler_named(sampler, eta)
+    if sampler is not None: sampler_named(sampler, eta) # refuses a wrong name before anything is read
     chosen = model_named(model)
+    kind, called, steps = walk_named(chosen, sampler, eta, steps)
     predict = prediction(chosen, context_named(context, chosen.classes), guidance)
-    chosen.schedule.timesteps(steps) # refuses a wrong number of steps
     out = free_to_write(out, ".png", ".gif")
     shape = (chosen.net.config["in_channels"], chosen.size, chosen.size)
     if out.suffix.lower() == ".png":

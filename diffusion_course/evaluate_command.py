@@ -9,7 +9,7 @@ __all__ = ['Reals', 'evaluate']
 from pathlib import Path
 from typing import NamedTuple
 
-from .arguments import check_number, data_named, model_named, prediction, sampler_named
+from .arguments import check_number, data_named, model_named, prediction, sampler_named, walk_named
 
 # %% ../nbs/toolkit/evaluate_command.ipynb #3fc76310
 class Reals(NamedTuple):
@@ -81,8 +81,8 @@ def evaluate(
     model: str = "sprites", # a .safetensors file, or a model that comes with the package
     data: str = "", # for a model of your own: the pictures that it learnt from, as for train
     n: int = 500, # samples; the more, the smaller the errors
-    sampler: str = "dpmpp_2m", # ddpm, ddim, heun or dpmpp_2m
-    steps: int = 20, # steps from noise to image
+    sampler: str = None, # ddpm, ddim, heun, dpmpp_2m or jumps; by default what the model was made for, as a rule dpmpp_2m
+    steps: int = None, # steps from noise to image; by default what the model was made for, as a rule 20
     eta: float = None, # fresh noise in each step, 0 to 1, for ddim (0 by default) and dpmpp_2m (1 by default: it draws best)
     guidance: float = 1.0, # 0 no context, 1 the context as it is, above 1 exaggerated
     seed: int = 0, # of the noise
@@ -95,8 +95,9 @@ def evaluate(
     from diffusion_course.sampling import sample
     check_number("n", n, 65) # the Fréchet distance of 64 features needs more images
     check_number("seed", seed, 0)
-    (kind, called), chosen = sampler_named(sampler, eta), model_named(model)
-    chosen.schedule.timesteps(steps) # refuses a wrong number of steps
+    if sampler is not None: sampler_named(sampler, eta) # refuses a wrong name before anything is read
+    chosen = model_named(model)
+    kind, called, steps = walk_named(chosen, sampler, eta, steps)
     if data and not Path(model).is_file(): raise ValueError(f"--data goes with a model file of yours, and {model} comes with the package")
     reals = _own(chosen, model, data) if data else _drawn(chosen, model, n, seed)
     labels = torch.arange(n) % len(chosen.classes) if chosen.classes else None

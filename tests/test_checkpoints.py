@@ -510,7 +510,7 @@ def test_pretrained(tmp_path, monkeypatch):
 def test_shipped_model_fits_its_limit():
     shipped = Path(checkpoints.__file__).parent / "pretrained"
     for path in shipped.glob("*.safetensors"): assert path.stat().st_size <= 4 * 10**6, path.name
-    for name in ("sprites",): # features.safetensors is the judge of the metrics, not a diffusion model
+    for name in ("sprites", "sprites-fast"): # features.safetensors is the judge of the metrics, not a diffusion model
         net, schedule = pretrained(name)
         assert net.predicts in ("eps", "x0", "v", "u") and isinstance(schedule, Schedule)
 

@@ -20,6 +20,7 @@ from diffusion_course.arguments import SAMPLERS
 from diffusion_course.checkpoints import load_model, save_model
 from diffusion_course.context import one_hot
 from diffusion_course.fast_sampling import ddim, dpmpp_2m
+from diffusion_course.few_steps import jumps
 from diffusion_course.plots import save_images
 from diffusion_course.precision import fast
 from diffusion_course.sampling import Schedule, clipped, predictor, sample
@@ -67,7 +68,33 @@ def test_the_default_is_what_drew_best(here, small):
     x = sample(predict, about["schedule"], 3, sampler=partial(dpmpp_2m, eta=1.0), steps=20)
     assert Path("x.png").read_bytes() == save_images(here / "y.png", x, ncols=8).read_bytes()
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.fixture
+def jumper(here, small):
+    "The same network, in a file that says that it jumps."
+    net, about = load_model(small)
+    return save_model(here / "jumper.safetensors", net, sampler="jumps", calls=3, **about)
+
+@pytest.mark.parametrize("given, sampler, steps", [([], jumps, 3), (["--steps", 2], jumps, 2), (["--sampler", "ddim"], ddim, 3), (["--sampler", "jumps", "--steps", 1], jumps, 1)], ids=str)
+def test_a_model_may_say_how_it_draws_best(here, jumper, given, sampler, steps, capsys):
+    assert run("sample", "food", "--n", 3, *given, "--model", jumper, "--out", "x.png") == 0
+    net, about = load_model(jumper)
+    x = sample(clipped(predictor(fast(net), about["schedule"], one_hot("food")), about["schedule"]), about["schedule"], 3, sampler=sampler, steps=steps)
+    assert Path("x.png").read_bytes() == save_images(here / "y.png", x, ncols=8).read_bytes()
+    assert f"{sampler.__name__}, {steps} steps" in capsys.readouterr().out
+
+def test_jumps_need_a_network_that_has_learned_them(here, small, capsys):
+    assert run("sample", "food", "--sampler", "jumps", "--model", small) == 2
+    assert "sprites-fast" in one_line(capsys) and not Path("sprites.png").exists()
+
+def test_sprites_in_two_calls(here, capsys):
+    assert run("sample", "hero", "--n", 2, "--model", "sprites-fast", "--steps", 2) == 0
+    assert "jumps, 2 steps" in capsys.readouterr().out and Image.open("sprites.png").format == "PNG"
+    assert run("evaluate", "--model", "sprites-fast", "--n", 65) == 0
+    assert "jumps, 4 steps" in capsys.readouterr().out
+    assert run("info", "sprites-fast") == 0
+    assert "jumps" in capsys.readouterr().out
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "jumps"])
 @pytest.mark.parametrize("context", ["none", "hero=1,food=0.6", "side-facing"])
 def test_every_sampler_and_kind_of_context(here, small, sampler, context):
     assert run("sample", context, "--n", 2, "--sampler", sampler, "--steps", 3, "--guidance", 2, "--model", small, "--out", "made/x y ü.png") == 0

@@ -17,6 +17,7 @@ from diffusion_course.sampling import clipped, ddpm, predictor, sample
 
 SHIPPED = { # after `make pretrained` these change, and so does the quality in the header
     "sprites.safetensors": "18f9419ff71b43a020163e9770961ecf2fa6926750a33398b0547caa5f9a194e",
+    "sprites-fast.safetensors": "0cec7ae305a38612494bdef7e1172cc6727be095d4026a26e49dd28127152a77",
     "features.safetensors": "80c5e1158a23ac4c0277b71c70631741af3bc78397633f466f58f43dad8118b2",
 }
 
