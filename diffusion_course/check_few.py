@@ -188,6 +188,8 @@ def agreement(answer: Callable) -> Result:
             "the two states have different noises: then the best answer is the mean, a blur. Use eps for both.":
                 _agreement(same=False),
             "the gradient flows into the target too: hold it still with .detach().": _agreement(stop=False),
+            "both states have the noise `other`. That is as good; but use eps, so that the answers can be compared.":
+                lambda f, x0, eps, other, *rest: _agreement()(f, x0, other, eps, *rest),
             "at s = 0 the target is known: it is x0 itself.": _agreement(known=False),
             "two of the three faults are left: different noises, and the target moves.":
                 _agreement(same=False, stop=False),
@@ -260,11 +262,10 @@ def _contestant(model):
             raise ValueError(f"{Path(model).name} has no schedule: save it with save_model(path, net, schedule=schedule)")
         own = metadata["schedule"]
     found = getattr(found, "module", found) # of an average
-    config = getattr(found, "config", None)
-    differs = {k: v for k, v in (config or {}).items() if k != "predicts" and v != net.config[k]}
-    if config is None or differs:
+    def shape(net): return {k: v for k, v in (getattr(net, "config", None) or {}).items() if k != "predicts"}
+    if shape(found) != shape(net):
         raise ValueError(f"this is not the network of the challenge, ContextUnet(predicts=…): it is a "
-                         f"{type(found).__name__} with {differs or 'no config'}")
+                         f"{type(found).__name__} with {shape(found) or 'no config'}, expected {shape(net)}")
     return found, own
 
 def challenge(

@@ -7,7 +7,6 @@ __all__ = ['jump', 'Walks', 'store_walks', 'walk_loss', 'jumps', 'consistency_lo
 
 # %% ../nbs/L6_FewSteps.ipynb #3bed54be
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -176,16 +175,17 @@ def matching_loss(
     generator: torch.Generator | None = None, # on the CPU: draws times and noise
 ) -> Tensor: # scalar; only its gradient means something
     """Its gradient leads from what `fake` sees under fresh noise to what `real` sees:
-    distribution matching (Yin et al., 2311.18828, equations 7 and 8)."""
+    distribution matching (Yin et al., 2311.18828, equations 7 and 8, up to a
+    factor of the time)."""
     t = times(len(x), schedule.T, generator)
     with torch.no_grad():
         xt = add_noise(x, t, fresh_noise(x, None, generator), schedule)
         real_x0, fake_x0 = real(xt, t).x0, fake(xt, t).x0
         # (x0_fake - x0_real) / mean |x - x0_real|
         size = (x - real_x0).abs().flatten(1).mean(1).clamp(min=0.02)
-        uphill = (fake_x0 - real_x0) / size.view(-1, *[1] * (x.ndim - 1))
-    # the gradient of 1/2 (x - y)² with y = x - uphill held still is `uphill`
-    return (x - (x - uphill).detach()).square().mean() / 2
+        slope = (fake_x0 - real_x0) / size.view(-1, *[1] * (x.ndim - 1))
+    # the gradient of 1/2 (x - y)² with y = x - slope held still is `slope`
+    return (x - (x - slope).detach()).square().mean() / 2
 
 # %% ../nbs/L6_FewSteps.ipynb #5b440ed2
 #| code-fold: true
@@ -217,10 +217,13 @@ def _adam(net, lr): # a short memory: the target moves
     weights = net.parameters()
     return torch.optim.AdamW(weights, lr, betas=(0.5, 0.99), weight_decay=0)
 
-def _update(optimizer, loss, clip=1.0):
+def _update(optimizer, loss, step, clip=1.0):
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
+    if not torch.isfinite(loss + norm): # before it reaches the weights
+        raise TrainingDiverged(f"step {step}: the loss is {loss:.4g} and the norm of "
+                               f"its gradient {norm:.4g}; try a smaller lr")
     optimizer.step()
     return loss.item()
 
@@ -261,7 +264,7 @@ def match(
             with torch.no_grad():
                 x = _stopped(student, context, schedule, calls, shape, g)
             fake_loss = prediction_loss(follower, x, context, schedule, generator=g)
-            fake_loss = _update(fake_optimizer, fake_loss)
+            fake_loss = _update(fake_optimizer, fake_loss, step)
         states, context = _rows(walks, batch_size, g, device)
         x = _stopped(student, context, schedule, calls, shape, g)
         own = clipped(predictor(follower, schedule, context), schedule)
@@ -269,10 +272,7 @@ def match(
         loss = loss + hold * walk_loss(student, states, context, schedule, ts=walks.ts,
                                        generator=g)
         optimizer.param_groups[0]["lr"] = lr * warmup_then_decay(step - 1, steps)
-        loss = _update(optimizer, loss)
-        if not math.isfinite(loss + fake_loss):
-            raise TrainingDiverged(f"step {step}: the losses are {loss:.4g} and "
-                                   f"{fake_loss:.4g}; try a smaller lr than {lr:g}")
+        loss = _update(optimizer, loss, step)
         average.update_parameters(net)
         rate = step * batch_size / (time.perf_counter() - start)
         yield MatchStep(step, loss, fake_loss, rate, average.module)
