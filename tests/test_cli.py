@@ -74,7 +74,7 @@ def jumper(here, small):
     net, about = load_model(small)
     return save_model(here / "jumper.safetensors", net, sampler="jumps", calls=3, **about)
 
-@pytest.mark.parametrize("given, sampler, steps", [([], jumps, 3), (["--steps", 2], jumps, 2), (["--sampler", "ddim"], ddim, 3), (["--sampler", "jumps", "--steps", 1], jumps, 1)], ids=str)
+@pytest.mark.parametrize("given, sampler, steps", [([], jumps, 3), (["--steps", 2], jumps, 2), (["--sampler", "ddim"], ddim, 3), (["--sampler", "jumps", "--steps", 1], jumps, 1)], ids=["default", "two", "ddim", "one"])
 def test_a_model_may_say_how_it_draws_best(here, jumper, given, sampler, steps, capsys):
     assert run("sample", "food", "--n", 3, *given, "--model", jumper, "--out", "x.png") == 0
     net, about = load_model(jumper)
