@@ -339,6 +339,36 @@ WRONG_DPS = {"no spread": lambda *args: dps(*args[:-1]), "without the network": 
 def test_wrong_gradients_are_noticed(wrong):
     with pytest.raises(AssertionError): check_dps(WRONG_DPS[wrong], "smaller")
 
+def check_second_pixel(guide, schedule=S, std=0.3):
+    "Of two correlated Gaussian pixels the first is measured: E[x0 | x_t, y] of both, by conditioning the joint Gaussian of (x0; x_t, y)."
+    xt, y = torch.randn(5, 2, generator=seeded(), dtype=torch.float64), torch.tensor([[0.9, 0.0]], dtype=torch.float64)
+    for t in (1, schedule.T // 2, schedule.T - 1):
+        ab, eye = float(schedule.alpha_bar[t]), torch.eye(2, dtype=torch.float64)
+        doubt = torch.linalg.inv(torch.linalg.inv(C) + ab / (1 - ab) * eye) # of x0, given x_t
+        H = torch.cat([ab**0.5 * eye, eye[:1]])
+        cov = H @ C @ H.T + torch.diag(torch.tensor([1 - ab, 1 - ab, std**2], dtype=torch.float64))
+        known = torch.cat([xt, y[:, :1].expand(5, 1)], 1) - MU * H.sum(1)
+        pred = guide(two_pixels(schedule), seen(torch.tensor([1.0, 0.0])), y, schedule, 1 / (std**2 + doubt[0, 0].item()))(xt, t)
+        close(pred.x0, MU + known @ torch.linalg.solve(cov, H @ C), f"both pixels at {t}", rtol=1e-6, atol=1e-8)
+        oracles.check_pair(pred, xt, t, schedule)
+
+def by_the_gradient(predict, A, y, schedule, scale):
+    return steered(predict, lambda x0: -(A.of(x0) - y).square().flatten(1).sum(1) / 2, schedule, scale)
+
+def by_the_shortcut(predict, A, y, schedule, scale):
+    "The gradient with respect to x0, used as if it were the one with respect to x_t."
+    def answer(xt, t):
+        x0, ab = predict(xt, t).x0, float(schedule.alpha_bar[t])
+        return prediction_from_x0(x0 + (1 - ab) / ab**0.5 * scale * A.back(y - A.of(x0)), xt, t, schedule)
+    return answer
+
+@schedules
+def test_a_measured_pixel_moves_the_one_that_is_not_seen(schedule): check_second_pixel(by_the_gradient, schedule)
+
+@pytest.mark.parametrize("wrong", [by_the_shortcut, lambda p, A, y, s, scale: by_the_gradient(p, A, y, s, 2 * scale), lambda p, A, y, s, scale: p], ids=["shortcut", "without the half", "not steered"])
+def test_a_second_pixel_that_stays_is_noticed(wrong):
+    with pytest.raises(AssertionError): check_second_pixel(wrong)
+
 def test_samples_have_the_posterior_and_dps_its_bias():
     n, std, v = 8000, 0.3, STD**2
     schedule, y, as_it_is = Schedule.cosine(300), torch.tensor([[0.8]]).double(), Measure(lambda x: x, lambda y: y)

@@ -79,6 +79,7 @@ TABLE = {
     ('x0 = x0 + measure.back(y - measure.of(x0))', 'x0 = x0 + measure.gain * measure.back(y - measure.of(x0))', "editing::test_ddnm_is_a_projection"),
     ('return 1 / (std**2 + measure.gain * unsure)', 'return 1 / (std**2 + unsure)', "editing::test_dps_with_the_spread_is_exact_for_gaussian_pixels"),
     ('noise**2 / signal', 'noise / signal', "editing::test_a_linear_wish_tilts_a_gaussian"),
+    ('torch.autograd.grad(score.sum(), x)', 'torch.autograd.grad(score.sum(), x0)', "editing::test_a_measured_pixel_moves_the_one_that_is_not_seen"),
 ],
 "check_edit": [
     ('compare(answer, held(), inputs', 'compare(answer, held(keep=lambda m: 1 - m), inputs', "editing::test_right_answers"),
