@@ -89,11 +89,15 @@ def edit(
         x = sample(predict, chosen.schedule, n, sampler=fill, steps=steps, shape=known.shape[1:], seed=seed)
     else:
         t = max(1, round(start * T))
-        x = from_sketch(predict, known.repeat(n, 1, 1, 1), chosen.schedule, t, sampler=partial(dpmpp_2m, eta=1.0), steps=min(steps, t), seed=seed)
-    _save(out, x[(..., *_inside(wh, size))], ncols, max(1, max(wh) // size))
-    how = f"{int((~keep).sum())} of {size * size} pixels drawn anew" if mask else f"drawn anew from a sketch, start {start:g}"
+        steps = min(steps, t)
+        x = from_sketch(predict, known.repeat(n, 1, 1, 1), chosen.schedule, t, sampler=partial(dpmpp_2m, eta=1.0), steps=steps, seed=seed)
+    scale = max(1, max(wh) // size)
+    _save(out, x[(..., *_inside(wh, size))], ncols, scale)
+    inside = known[(0, 0, *_inside(wh, size))]
+    how = f"{int((~keep).sum())} of {inside.numel()} pixels drawn anew" if mask else f"drawn anew from a sketch, start {start:g}"
     print(f"{out}: {how}, as {as_}, {steps} steps, guidance {guidance:g}, seed {seed}")
-    if max(wh) != size: print(f"note: the model draws {size} x {size} pixels, and {picture} has {wh[0]} x {wh[1]}: it was brought to that size, and back")
+    each = "the result" if n == 1 else "each result"
+    if max(wh) != size: print(f"note: the model draws {size} x {size} pixels, and {picture} has {wh[0]} x {wh[1]}: it was brought to that size, and {each} is {inside.shape[1] * scale} x {inside.shape[0] * scale}")
 
 
 def _save(out, images, ncols, scale):

@@ -62,7 +62,14 @@ def test_any_picture_can_be_edited(here, small, capsys, size):
     assert run("edit", "p.png", "--steps", 2, "--model", small) == 0
     w, h = Image.open("edited.png").size
     assert max(w, h) % 16 == 0 and abs(w * size[1] - h * size[0]) <= max(size) * max(w, h) / 16
-    assert "it was brought to that size" in capsys.readouterr().out
+    assert f"it was brought to that size, and the result is {w} x {h}" in capsys.readouterr().out
+
+def test_it_says_what_was_done(here, small, capsys):
+    picture(w=16, h=8)
+    assert run("edit", "p.png", "--mask", mask(w=16, h=8), "--steps", 3, "--model", small) == 0
+    assert "64 of 128 pixels drawn anew" in capsys.readouterr().out
+    assert run("edit", "p.png", "--start", 0.1, "--steps", 40, "--model", small) == 0 # T is 100: ten are left
+    assert ", 10 steps," in capsys.readouterr().out
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "RGBA", "LA"])
 def test_any_mode(here, small, mode):
