@@ -133,8 +133,8 @@ def replayed(
 class Measure(NamedTuple):
     "A linear measurement y = A x of pictures (n, c, h, w)."
     of: Callable # of(x) = A x
-    back: Callable # back(y): the pseudoinverse of A, so that of(back(y)) == y
-    gain: float = 1.0 # A times its transpose is this number times the identity
+    back: Callable # the pseudoinverse of A: of(back(y)) == y for a y that was measured
+    gain: float = 1.0 # A Aᵀ = gain × identity (for `seen`: where the mask is 1)
 
 def grey(
     channels: int = 3, # of the pictures
@@ -189,9 +189,10 @@ def steered(
     scale: float | Callable = 1.0, # of the wish: a number, or scale(t)
 ) -> Callable: # predict(xt, t) -> Prediction
     """Add scale × wish(x0) to the log density, by its gradient through the prediction
-    (as the classifier of 2105.05233, algorithm 2). It asks about all samples of a call
-    together. Where no signal is left (flow, t = T) the prediction stays. Raises
-    ValueError for a wish that is not one number for each sample, made from x0."""
+    (as the classifier of 2105.05233, algorithm 2, but with a wish about the predicted
+    x0: universal guidance, 2302.07121). It asks about all samples of a call together.
+    Where no signal is left (flow, t = T) the prediction stays. Raises ValueError for a
+    wish that is not one number for each sample, made from x0."""
     def answer(xt, t):
         with torch.enable_grad():
             x = xt.detach().requires_grad_()
@@ -215,13 +216,15 @@ def dps(
     y: Tensor, # (n, …) or (1, …): the measurement
     schedule: Schedule,
     std: float, # standard deviation of its noise, above 0
-    spread: float = 0.0, # variance of the data; 0: DPS as published
+    spread: float = 0.0, # variance of the data; 0: DPS's likelihood (other step sizes)
 ) -> Callable: # predict(xt, t) -> Prediction
     """Steer towards pictures of which y is a likely measurement (DPS, 2209.14687,
-    equation 16). With `spread` the likelihood also counts the doubt in x0 at each time,
-    as for independent Gaussian pixels of this variance (in the manner of PiGDM, Song et
-    al., ICLR 2023): exact for such data. Raises ValueError for std or spread out of
-    range and for a y that is no measurement of this kind."""
+    equation 16, with the 1/2 of the normal density; the step sizes of its algorithm 1
+    differ: there the gradient is divided by the length of the mismatch). With `spread`
+    the likelihood also counts the doubt in x0 at each time, as for independent Gaussian
+    pixels of this variance (in the manner of PiGDM, Song et al., ICLR 2023): exact for
+    such data. Raises ValueError for std or spread out of range and for a y that is no
+    measurement of this kind."""
     guards.number("std", std, "a number above 0", 1e-6)
     guards.number("spread", spread, "a variance, 0 or more", 0)
     def wish(x0):
