@@ -6,7 +6,7 @@
 __all__ = ['whole', 'number', 'one_of', 'shaped', 'noise_like', 'floats', 'context_rows', 'table', 'check_range',
            'finite_samples', 'times', 'falling_times', 'falling_signal', 'earlier', 'signal_left', 'between_0_and_1',
            'warn_of_signal', 'samples', 'kind_of', 'network_image', 'network_times', 'network_context', 'on_device',
-           'network_inputs']
+           'network_inputs', 'picture', 'kept', 'undone', 'wish', 'same_view', 'covered', 'measured']
 
 # %% ../nbs/toolkit/guards.ipynb #d8ac72a2
 import math
@@ -267,3 +267,83 @@ def network_inputs(
     network_times(t, len(x))
     network_context(context, len(x), config["n_context"])
     on_device(weight.device, x=x, t=t, context=context)
+
+# %% ../nbs/toolkit/guards.ipynb #ed170002
+def picture(
+    name: str,
+    x, # any object
+) -> Tensor: # x
+    """Pictures as floats in [-1, 1]. Raises TypeError for anything but a tensor of floats,
+    ValueError for values outside and for NaN."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} is {kind_of(x)}: expected a tensor of floats in [-1, 1]; for bytes use x / 127.5 - 1")
+    low, high = torch.stack(x.detach().aminmax()).cpu().tolist() if x.numel() else (0.0, 0.0)
+    if -1.001 <= low <= high <= 1.001: return x
+    raise ValueError(f"{name} goes from {low:g} to {high:g}: expected values in -1 … 1. For pixels in 0 … 1 write x * 2 - 1, in 0 … 255 x / 127.5 - 1")
+
+def kept(
+    known, # (n, …), or (1, …) for all samples: the picture whose pixels are kept
+    mask, # 1 = keep, 0 = draw; any shape that fits the pictures, such as (h, w)
+    xt: Tensor, # (n, …) the state of the sampler
+) -> tuple[Tensor, Tensor]: # known, shaped like xt, and the mask as booleans, both where xt is
+    """A picture and the mask of what is kept of it. Raises TypeError for other types, ValueError for shapes that do not fit,
+    for a mask with other values than 0 and 1, with all or nothing kept, and for kept values outside -1 … 1."""
+    for name, x in (("known", known), ("mask", mask)):
+        if not isinstance(x, Tensor): raise TypeError(f"{name} is {kind_of(x)}: expected a tensor")
+    if known.shape[1:] != xt.shape[1:] or len(known) not in (1, len(xt)):
+        raise ValueError(f"known has shape {tuple(known.shape)} for samples {tuple(xt.shape)}: expected the same, or one picture for all; "
+                         "for many samples, sample(…, batch_size=n) draws them together")
+    try: fits = torch.broadcast_shapes(mask.shape, xt.shape) == xt.shape
+    except RuntimeError: fits = False
+    if not fits: raise ValueError(f"mask has shape {tuple(mask.shape)} for samples {tuple(xt.shape)}: expected {tuple(xt.shape[-2:])}, or a shape that stretches to theirs")
+    keep = mask.bool()
+    if not (mask == keep).all(): raise ValueError("mask holds other values than 0 and 1: expected 1 = keep, 0 = draw; write mask > 0.5")
+    if keep.all(): raise ValueError("mask keeps every pixel, so there is nothing to draw: expected some 0 in it (1 = keep, 0 = draw)")
+    if not keep.any(): raise ValueError("mask keeps no pixel, so nothing would be edited: expected some 1 in it (1 = keep), or call sample without it")
+    keep = keep.to(xt.device)
+    known = known.to(xt).expand_as(xt)
+    picture("known", known[keep.expand_as(xt)])
+    return known, keep
+
+def undone(
+    seen: Tensor, # what is measured of back(y)
+    y: Tensor, # the measurement
+):
+    """A measurement that back(y) reproduces. Raises ValueError otherwise: y is not a measurement of this kind, or the two functions do not
+    belong together."""
+    if seen.shape == y.shape and torch.allclose(seen, y, rtol=1e-3, atol=1e-3): return
+    why = f"has shape {tuple(seen.shape)}" if seen.shape != y.shape else f"is off by up to {(seen - y).abs().max():.2g}"
+    raise ValueError(f"of(back(y)) {why} for y of shape {tuple(y.shape)}: expected y itself. Measure y with the same `of`, and let `back` be its pseudoinverse")
+
+def wish(
+    score, # what a wish said of n predicted pictures
+    n: int,
+) -> Tensor: # score
+    "One number for each picture, with a gradient. Raises ValueError otherwise."
+    if not isinstance(score, Tensor) or score.shape != (n,):
+        raise ValueError(f"the wish gave {f'shape {tuple(score.shape)}' if isinstance(score, Tensor) else kind_of(score)}: expected ({n},), one number for each picture")
+    if not score.requires_grad: raise ValueError("the wish does not depend on x0: expected one computed from it by PyTorch, without detach or rounding")
+    return score
+
+def same_view(
+    x: Tensor,
+    turned: Tensor, # view(x)
+    same: Tensor, # back(view(x))
+):
+    "A view that is undone and keeps the length of x, so that noise stays normal. Raises ValueError otherwise."
+    if same.shape != x.shape or not torch.allclose(same, x, rtol=1e-3, atol=1e-4): raise ValueError("back(view(x)) is not x: expected a `back` that undoes the view")
+    if not torch.allclose(turned.norm(), x.norm(), rtol=1e-3): raise ValueError("the view changes the length of x: expected a flip, a turn or a permutation of pixels")
+
+def covered(length: int, size: int, stride: int, wrap: bool):
+    "A side that windows cover exactly. Raises ValueError otherwise."
+    if length >= size and (length if wrap else length - size) % stride == 0: return
+    expected = f"a multiple of {stride}, {size} or more" if wrap else f"{size} + a multiple of {stride}"
+    raise ValueError(f"windows of {size} every {stride} pixels do not cover a side of {length}: expected {expected}")
+
+def measured(
+    seen: Tensor, # what is measured of the predicted pictures
+    y: Tensor, # the measurement
+):
+    "A measurement of these pictures, or one for all. Raises ValueError for another shape."
+    if seen.shape[1:] == y.shape[1:] and len(y) in (1, len(seen)): return
+    raise ValueError(f"y has shape {tuple(y.shape)}, and what is measured of the pictures {tuple(seen.shape)}: expected the same, or one for all")

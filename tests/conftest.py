@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and "_proc" not in p.parts)
 # what takes longest starts first, so that the workers end together: notebooks and files of tests with their processor seconds, as `--timings` lists them
-LONGEST = {"L2_Training": 400, "L3_Context": 300, "own_data": 215, "test_distributed.py": 190, "L1_Sampling": 160, "L4_FastSampling": 160, "L5_FlowMatching": 250, "L6_FewSteps": 310, "test_cli.py": 100, "judge": 75, "metrics": 65, "muon": 48, "train_command": 46, "evaluate_command": 43, "many_machines": 60,
+LONGEST = {"L2_Training": 400, "L3_Context": 300, "own_data": 215, "test_distributed.py": 190, "L1_Sampling": 160, "L4_FastSampling": 160, "L5_FlowMatching": 250, "L6_FewSteps": 310, "L7_Editing": 165, "test_cli.py": 100, "judge": 75, "metrics": 65, "muon": 48, "train_command": 46, "evaluate_command": 43, "many_machines": 60,
            "test_judge.py": 33, "test_planted_faults.py": 31, "test_fast_sampling.py": 30, "debug": 30, "test_check.py": 30,
-           "test_machines.py": 28, "test_site.py": 27, "test_pictures.py": 25, "test_metrics.py": 20, "test_faults.py": 20, "test_resume.py": 20, "test_flow_matching.py": 20, "test_few_steps.py": 45}
+           "test_machines.py": 28, "test_site.py": 27, "test_pictures.py": 25, "test_metrics.py": 20, "test_faults.py": 20, "test_resume.py": 20, "test_flow_matching.py": 20, "test_few_steps.py": 55, "test_editing.py": 60}
 
 
 @pytest.fixture(scope="session")

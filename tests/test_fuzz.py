@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oracles import random_unet
 from PIL import Image
 
-from diffusion_course import arguments, arrays as array_files, checkpoints, cli, context, disk, evaluate_command, fast_sampling, few_steps, flow_matching, folders, identity, judge, metrics, pictures, plots, sampling, sprites, stickers, train_command, training, unet
+from diffusion_course import arguments, arrays as array_files, checkpoints, cli, context, disk, edit_command, editing, evaluate_command, fast_sampling, few_steps, flow_matching, folders, identity, judge, metrics, pictures, plots, sampling, sprites, stickers, train_command, training, unet
 from diffusion_course.sampling import Schedule, initial_noise, predictor
 
 FUZZ = int(os.environ.get("FUZZ", "1"))
@@ -305,7 +305,7 @@ def test_a_picture_that_claims_to_be_huge(tmp_path):
 
 # --- docstrings ---
 
-MODULES = (sampling, training, context, fast_sampling, few_steps, flow_matching, unet, checkpoints, sprites, folders, array_files, pictures, metrics, plots, arguments, cli, disk, evaluate_command, identity, judge, stickers, train_command)
+MODULES = (sampling, training, context, fast_sampling, few_steps, editing, flow_matching, unet, checkpoints, sprites, folders, array_files, pictures, metrics, plots, arguments, cli, disk, evaluate_command, identity, judge, stickers, train_command)
 
 @pytest.mark.parametrize("f", [getattr(m, name) for m in MODULES for name in m.__all__ if inspect.isfunction(getattr(m, name))], ids=lambda f: f"{f.__module__.split('.')[1]}.{f.__name__}")
 def test_public_functions_are_documented(f): assert len((inspect.getdoc(f) or "")) > 10

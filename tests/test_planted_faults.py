@@ -69,6 +69,30 @@ TABLE = {
     ('def matching(answer: Callable) -> Result:', 'def matching(answer: Callable) -> Result:\n    answer = lambda x, r, f: (x * (f - r).detach()).sum() / len(x)\ndef unused(answer):', "few_steps::test_wrong_answers_are_told_why"),
     ('if shape(found) != shape(net):', 'if False:', "few_steps::test_the_challenge_refuses_what_is_no_entry"),
 ],
+"editing": [
+    ('pred = predict(xt, t)\n            mean, var', 'pred = predict(xt, s or t)\n            mean, var', "editing::test_one_round_by_hand"),
+    ('if again: xt = forward(xs, s, t, noise(xt), schedule)', 'if again: xt = xs', "editing::test_inpainting_comes_near_to_the_posterior"),
+    ('add_noise(known, s, z, schedule), drawn)', 'add_noise(known, t, z, schedule), drawn)', "editing::test_one_round_by_hand"),
+    ('share**0.5 * xs + (1 - share)', 'xs + (1 - share)', "editing::test_forward_composes"),
+    ('walk = Schedule(schedule.alpha_bar[: t + 1])', 'walk = schedule', "editing::test_a_sketch_ends_where_the_ode_ends"),
+    ('xs, zs = [add_noise(x0, t, noise(x0), schedule) for t in ts], []', 'xs, zs = [add_noise(x0, t, zero, schedule) for zero in [noise(x0)] for t in ts], []', "editing::test_each_state_has_a_noise_of_its_own"),
+    ('x0 = x0 + measure.back(y - measure.of(x0))', 'x0 = x0 + measure.gain * measure.back(y - measure.of(x0))', "editing::test_ddnm_is_a_projection"),
+    ('return 1 / (std**2 + measure.gain * unsure)', 'return 1 / (std**2 + unsure)', "editing::test_dps_with_the_spread_is_exact_for_gaussian_pixels"),
+    ('noise**2 / signal', 'noise / signal', "editing::test_a_linear_wish_tilts_a_gaussian"),
+    ('torch.autograd.grad(score.sum(), x)', 'torch.autograd.grad(score.sum(), x0)', "editing::test_a_measured_pixel_moves_the_one_that_is_not_seen"),
+],
+"check_edit": [
+    ('compare(answer, held(), inputs', 'compare(answer, held(keep=lambda m: 1 - m), inputs', "editing::test_right_answers"),
+    ('compare(answer, lambda x, y: x + y - grey(x), inputs', 'compare(answer, lambda x, y: x - y + grey(x), inputs', "editing::test_right_answers"),
+],
+"views": [
+    ('return Prediction(*map(back, predict(turned, t)))', 'return predict(turned, t)', "editing::test_a_symmetric_mean_draws_symmetric_pictures"),
+],
+"edit_command": [
+    ('< 128', '> 128', "cli_edit::test_fill_is_inpaint"),
+    ('if name and Path(out).resolve() == Path(name).resolve():', 'if False:', "cli_edit::test_mistakes"),
+    ('keep[rows, columns] = ', 'keep[columns, rows] = ', "cli_edit::test_what_is_black_stays_in_any_size"),
+],
 "arguments": [
     ('if name == "jumps" and model.about.get("sampler") != "jumps":', 'if False:', "cli::test_jumps_need_a_network_that_has_learned_them"),
     ('name = sampler or model.about.get("sampler", SAMPLER)', 'name = sampler or SAMPLER', "cli::test_a_model_may_say_how_it_draws_best"),
@@ -243,6 +267,7 @@ TABLE = {
     ('todo = todo[is_heldout(images[todo]) != (split == "heldout")]', 'todo = todo[:0]', "sprites::test_train_and_heldout_are_disjoint"),
 ],
 "widgets": [
+    ('marked[i // w, i % w] = brush.value == BRUSHES[0]', 'marked[i // w, i % w] = brush.value != BRUSHES[0]', "widgets::test_painting_marks_and_fills"),
     ('sample(_asked(net, schedule, context, scale, n), schedule, n, sampler=dpmpp_2m, steps=steps, seed=seed)', 'sample(_asked(net, schedule, context, scale, n), schedule, n, sampler=dpmpp_2m, steps=steps)', "widgets::test_mixer_draws_what_was_asked"),
     ('except (ValueError, TypeError, FloatingPointError) as error: self', 'except KeyError as error: self', "widgets::test_an_error_is_shown_and_the_picture_stays"),
     ('(2 * steps - 1 if kind == "Heun" else steps)', 'steps', "widgets::test_explorer_sides"),

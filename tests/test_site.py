@@ -73,7 +73,7 @@ def test_the_lessons_follow_each_other():
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]
     assert config["page-navigation"] is True and config["navbar"]["search"] is True
     pages = in_order(config["sidebar"]["contents"])
-    assert pages[:7] == ["index.ipynb", "L1_Sampling.ipynb", "L2_Training.ipynb", "L3_Context.ipynb", "L4_FastSampling.ipynb", "L5_FlowMatching.ipynb", "L6_FewSteps.ipynb"]
+    assert pages[:8] == ["index.ipynb", "L1_Sampling.ipynb", "L2_Training.ipynb", "L3_Context.ipynb", "L4_FastSampling.ipynb", "L5_FlowMatching.ipynb", "L6_FewSteps.ipynb", "L7_Editing.ipynb"]
     assert len(pages) == len(set(pages))
     assert all((ROOT / "nbs" / item["href"]).is_file() for item in config["navbar"]["left"])
 

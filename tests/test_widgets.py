@@ -7,9 +7,10 @@ import torch
 from oracles import random_unet
 
 from diffusion_course.context import guided, mix, one_hot
+from diffusion_course.editing import from_sketch, inpaint
 from diffusion_course.fast_sampling import ddim, dpmpp_2m
 from diffusion_course.sampling import Schedule, clipped, initial_noise, predictor, sample
-from diffusion_course.widgets import Panel, _png, context_mixer, denoising_slider, sampler_explorer
+from diffusion_course.widgets import Panel, _png, context_mixer, denoising_slider, paint_and_fill, sampler_explorer
 
 NET, S = random_unet(n_feat=8), Schedule.cosine(60)
 
@@ -21,7 +22,7 @@ def expected(context, scale, n, **options):
     return sample(clipped(guided(cond, uncond, scale), S), S, n, **options)
 
 
-@pytest.mark.parametrize("make", [lambda: denoising_slider(ddim(predictor(NET, S), initial_noise(2), S, [60, 30, 0])), lambda: context_mixer(NET, S, n=2, steps=2), lambda: sampler_explorer(NET, S, n=2)])
+@pytest.mark.parametrize("make", [lambda: denoising_slider(ddim(predictor(NET, S), initial_noise(2), S, [60, 30, 0])), lambda: context_mixer(NET, S, n=2, steps=2), lambda: sampler_explorer(NET, S, n=2), lambda: paint_and_fill(NET, S, n=2, steps=2)])
 def test_a_panel_is_also_a_picture(make):
     panel = make()
     assert 'alt="' in html(panel) and "base64" in html(panel)
@@ -60,6 +61,39 @@ def test_slider_shows_every_step():
     panel.controls["time"].value = 2
     assert panel.picture.value == _png(torch.cat([steps[-1].xs[:2]] * 2), 2)
 
+def painted(x, marked, results): return _png(torch.cat([torch.where(marked, torch.zeros(1), x), results]), len(results) + 1, 6)
+
+def test_painting_marks_and_fills():
+    x, marked = torch.zeros(1, 3, 16, 16), torch.zeros(16, 16, dtype=torch.bool)
+    marked[3, 5] = True
+    panel = paint_and_fill(NET, S, x, marked, n=2, steps=3)
+    predict = clipped(guided(predictor(NET, S, one_hot("food")), predictor(NET, S), 2.0), S)
+    def filled(x, marked, seed=0): return painted(x, marked, sample(predict, S, 2, sampler=partial(inpaint, known=x, mask=~marked, resample=5), steps=3, seed=seed))
+    assert panel.picture.value == filled(x, marked) and "1 pixels" in panel.message.value
+    assert len(panel.grid.children) == 256 and panel.grid.children[53].description == "×" and panel.grid.children[53].tooltip == "row 4, column 6"
+    panel.controls["brush"].value, panel.controls["colour"].value = "paint", "#ff0000"
+    panel.grid.children[20].click() # row 2, column 5
+    assert panel.grid.children[20].style.button_color == "#ff0000" and panel.picture.value == filled(x, marked)
+    panel.button.click()
+    red = x.clone()
+    red[0, :, 1, 4] = torch.tensor([1.0, -1, -1])
+    assert panel.picture.value == filled(red, marked) and x.abs().max() == 0 # a copy is painted on
+    panel.controls["seed"].value = 5
+    assert panel.picture.value == filled(red, marked, 5)
+
+def test_a_picture_without_marks_is_a_sketch_and_one_of_marks_is_new():
+    x = torch.zeros(1, 3, 16, 16)
+    panel = paint_and_fill(NET, S, x, torch.zeros(16, 16), name="hero", n=2, steps=3)
+    predict = clipped(guided(predictor(NET, S, one_hot("hero")), predictor(NET, S), 2.0), S)
+    none = torch.zeros(16, 16, dtype=torch.bool)
+    def sketch(t, steps): return painted(x, none, from_sketch(predict, x.repeat(2, 1, 1, 1), S, t, sampler=partial(dpmpp_2m, eta=1.0), steps=steps))
+    assert panel.picture.value == sketch(30, 3) and "a sketch" in panel.message.value
+    panel.controls["start"].value = 2
+    assert panel.picture.value == sketch(2, 2)
+    for pixel in panel.grid.children: pixel.click() # the brush marks at first
+    panel.button.click()
+    assert panel.picture.value == painted(x, ~none, sample(predict, S, 2, sampler=dpmpp_2m, steps=3)) and "all is drawn anew" in panel.message.value
+
 def test_an_error_is_shown_and_the_picture_stays():
     def draw(n):
         if n: raise ValueError("n & more")
@@ -71,6 +105,7 @@ def test_an_error_is_shown_and_the_picture_stays():
     panel.controls["n"].value = 0
     assert panel.message.value == "fine"
 
-@pytest.mark.parametrize("make", [lambda: denoising_slider([]), lambda: context_mixer(NET, S, {"dragon": 1.0}), lambda: sampler_explorer(NET, S, name="dragon")])
+@pytest.mark.parametrize("make", [lambda: denoising_slider([]), lambda: context_mixer(NET, S, {"dragon": 1.0}), lambda: sampler_explorer(NET, S, name="dragon"), lambda: paint_and_fill(NET, S, name="dragon"),
+                                  lambda: paint_and_fill(NET, S, torch.zeros(2, 3, 16, 16)), lambda: paint_and_fill(NET, S, marked=torch.ones(4, 4))])
 def test_bad_arguments(make):
     with pytest.raises(ValueError): make()
