@@ -950,4 +950,6 @@ d = { 'settings': { 'branch': 'main',
                                           'diffusion_course.widgets.paint_and_fill': ( 'toolkit/widgets.html#paint_and_fill',
                                                                                        'diffusion_course/widgets.py'),
                                           'diffusion_course.widgets.sampler_explorer': ( 'toolkit/widgets.html#sampler_explorer',
-                                                                                         'diffusion_course/widgets.py')}}}
+                                                                                         'diffusion_course/widgets.py'),
+                                          'diffusion_course.widgets.sketch_slider': ( 'toolkit/widgets.html#sketch_slider',
+                                                                                      'diffusion_course/widgets.py')}}}

@@ -10,7 +10,7 @@ from diffusion_course.context import guided, mix, one_hot
 from diffusion_course.editing import from_sketch, inpaint
 from diffusion_course.fast_sampling import ddim, dpmpp_2m
 from diffusion_course.sampling import Schedule, clipped, initial_noise, predictor, sample
-from diffusion_course.widgets import Panel, _png, context_mixer, denoising_slider, paint_and_fill, sampler_explorer
+from diffusion_course.widgets import Panel, _asked, _png, context_mixer, denoising_slider, paint_and_fill, sampler_explorer, sketch_slider
 
 NET, S = random_unet(n_feat=8), Schedule.cosine(60)
 
@@ -22,7 +22,7 @@ def expected(context, scale, n, **options):
     return sample(clipped(guided(cond, uncond, scale), S), S, n, **options)
 
 
-@pytest.mark.parametrize("make", [lambda: denoising_slider(ddim(predictor(NET, S), initial_noise(2), S, [60, 30, 0])), lambda: context_mixer(NET, S, n=2, steps=2), lambda: sampler_explorer(NET, S, n=2), lambda: paint_and_fill(NET, S, n=2, steps=2)])
+@pytest.mark.parametrize("make", [lambda: denoising_slider(ddim(predictor(NET, S), initial_noise(2), S, [60, 30, 0])), lambda: context_mixer(NET, S, n=2, steps=2), lambda: sampler_explorer(NET, S, n=2), lambda: paint_and_fill(NET, S, n=2, steps=2), lambda: sketch_slider(NET, S, torch.zeros(1, 3, 16, 16), n=2, steps=2)])
 def test_a_panel_is_also_a_picture(make):
     panel = make()
     assert 'alt="' in html(panel) and "base64" in html(panel)
@@ -109,3 +109,18 @@ def test_an_error_is_shown_and_the_picture_stays():
                                   lambda: paint_and_fill(NET, S, torch.zeros(2, 3, 16, 16)), lambda: paint_and_fill(NET, S, marked=torch.ones(4, 4))])
 def test_bad_arguments(make):
     with pytest.raises(ValueError): make()
+
+
+def test_the_slider_starts_from_the_sketch():
+    sketch, context = torch.full((1, 3, 16, 16), 0.5), one_hot("hero")
+    panel = sketch_slider(NET, S, sketch, context, start=40, n=2, steps=3)
+    def made(t, seed=0):
+        x = from_sketch(_asked(NET, S, context, 2.0, 2), sketch.repeat(2, 1, 1, 1), S, t, sampler=partial(dpmpp_2m, eta=1.0), steps=min(3, t), seed=seed)
+        return _png(torch.cat([sketch, x]), 3)
+    assert panel.picture.value == made(40)
+    panel.controls["time"].value = 2
+    assert panel.picture.value == made(2) and "t = 2" in panel.message.value
+    panel.controls["seed"].value = 5
+    assert panel.picture.value == made(2, 5)
+    for wrong in (sketch[0], sketch.repeat(2, 1, 1, 1), 3 * sketch):
+        with pytest.raises(ValueError): sketch_slider(NET, S, wrong, n=2, steps=2)
