@@ -11,9 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .check import Result, call, checker, compare, demand, fresh_generator, numbers
+from .check import Result, call, checker, compare, demand
 from .checkpoints import load_model, pretrained
 from .context import one_hot
 from .few_steps import jumps

@@ -6,7 +6,6 @@
 __all__ = ['jump', 'Walks', 'store_walks', 'walk_loss', 'jumps', 'consistency_loss', 'matching_loss', 'MatchStep', 'match']
 
 # %% ../nbs/L6_FewSteps.ipynb #3bed54be
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

@@ -24,7 +24,7 @@ from .editing import from_sketch, inpaint
 from .fast_sampling import ddim, dpmpp_2m, heun
 from .plots import image_grid
 from .sampling import Schedule, Step, clipped, ddpm, predictor, sample
-from .sprites import CLASSES, Sprites, Sprites
+from .sprites import CLASSES, Sprites
 
 # %% ../nbs/toolkit/widgets.ipynb #bb215ca0
 def _png(
